@@ -1,0 +1,43 @@
+# Each of these is enough alone on a fresh machine with Python 3.11: they make .venv from constraints.txt.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ROOMS := server memory kernels clients
+
+.PHONY: serve test check lint types unit format bench bench-peers soak clean
+
+serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
+	$(BIN)/loraplex demo
+
+test: check  ## everything that CI runs: lint, types, tests
+
+check: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers cannot follow the import hook of an editable install: they get a tree of links.
+types: $(STAMP)
+	mkdir -p .types/loraplex
+	for room in $(ROOMS); do ln -sfn ../../$$room .types/loraplex/$$room; done
+	$(BIN)/mypy $(addprefix .types/loraplex/,$(ROOMS))
+
+unit: $(STAMP)
+	$(BIN)/pytest
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-peers: $(STAMP)  ## this engine beside transformers + PEFT; prints a record
+	$(BIN)/python tests/bench/bench_peers.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .types .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
