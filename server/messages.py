@@ -1,0 +1,257 @@
+"""What crosses the socket between the HTTP process and the engine process.
+
+Plain msgspec structs, tagged by class name, encoded as msgpack. Commands flow to the engine, events flow back. Each
+``Generate`` is answered by any number of ``TokenOutput`` and ends exactly once per choice: by a ``TokenOutput`` with a
+``finish_reason``, or, for all choices together, by one ``RequestFailed``. Each call (``LoadAdapter`` and the like) is
+answered by exactly one ``CallDone`` or ``CallFailed`` with its ``call_id``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from loraplex.server.errors import ERRORS_BY_NAME, EngineError, LoraplexError
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of everything that crosses the socket."""
+
+
+class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A registered adapter: a name, where its files are, and which registration of that name this is.
+
+    Unloading and loading a name again raises ``revision``, so that requests of the old registration finish on the old
+    content.
+    """
+
+    name: str
+    path: str
+    revision: int = 0
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one choice is sampled. Values are validated at the HTTP edge; here they are in range.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 is off. ``logprobs`` None is off, k >= 0 asks for the chosen token and the
+    k best. ``prompt_logprobs`` likewise, for every prompt token. ``seed`` None draws one from the system.
+    ``stop_token_ids`` end the sequence as the end-of-sequence tokens do; neither ends it before ``min_tokens``.
+    ``max_tokens`` 0 is allowed: the prompt is only scored.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class Generate(Message, frozen=True, kw_only=True):
+    """Generate ``n`` choices for one prompt under one adapter (None: the base model)."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    adapter: AdapterRef | None = None
+    n: int = 1
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """Stop a request, or one choice of it. The engine sends nothing further about it."""
+
+    request_id: str
+    index: int | None = None
+
+
+class LoadAdapter(Message, frozen=True, kw_only=True):
+    """Read and verify an adapter into the host store. Answer: ``AdapterInfo``."""
+
+    call_id: str
+    adapter: AdapterRef
+
+
+class UnloadAdapter(Message, frozen=True, kw_only=True):
+    """Forget a registration; running requests of it finish. Answer: None."""
+
+    call_id: str
+    adapter: AdapterRef
+
+
+class ListAdapters(Message, frozen=True, kw_only=True):
+    """Every adapter the engine has read. Answer: list of ``AdapterInfo``."""
+
+    call_id: str
+
+
+class Shutdown(Message, frozen=True, kw_only=True):
+    """End the engine process."""
+
+
+Command = Generate | Abort | LoadAdapter | UnloadAdapter | ListAdapters | Shutdown
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token, and of the best tokens at its place, best first (natural logarithm)."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class TokenOutput(Message, frozen=True, kw_only=True):
+    """New tokens of one choice.
+
+    ``logprobs`` has one entry per token id where asked for. ``prompt_logprobs`` comes once, with the first output of
+    choice 0, with None for the first prompt token. Times are seconds, sent with the first output of a choice.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    queue_seconds: float | None = None
+    adapter_load_seconds: float | None = None
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A ``LoraplexError`` on the wire."""
+
+    name: str
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+    @classmethod
+    def of(cls, error: LoraplexError) -> ErrorInfo:
+        return cls(name=type(error).__name__, message=error.message, param=error.param, code=error.code)
+
+    def to_error(self) -> LoraplexError:
+        return ERRORS_BY_NAME.get(self.name, EngineError)(self.message, param=self.param, code=self.code)
+
+
+class RequestFailed(Message, frozen=True, kw_only=True):
+    """A request ended with an error, all its choices at once."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+AdapterTier = Literal["disk", "host", "pool"]
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine knows of an adapter that it has read at least once.
+
+    ``bytes`` counts the tensors in the model's dtype, ``pages`` the pages it takes in the pool, ``identity`` is the
+    hash of the adapter's content and configuration.
+    """
+
+    name: str
+    path: str
+    identity: str
+    kind: str
+    rank: int
+    targets: list[str]
+    bytes: int
+    pages: int
+    tier: AdapterTier
+    running: int = 0
+    warnings: list[str] = []
+
+
+class CallDone(Message, frozen=True, kw_only=True):
+    """The answer of a call. ``adapter`` for LoadAdapter, ``adapters`` for ListAdapters."""
+
+    call_id: str
+    adapter: AdapterInfo | None = None
+    adapters: list[AdapterInfo] | None = None
+
+
+class CallFailed(Message, frozen=True, kw_only=True):
+    """A call ended with an error."""
+
+    call_id: str
+    error: ErrorInfo
+
+
+class EngineInfo(Message, frozen=True, kw_only=True):
+    """Sent once when the engine is ready to serve.
+
+    ``num_pages * page_tokens`` is the number of tokens whose K/V the pool could hold if it held nothing else.
+    """
+
+    model_path: str
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_model_len: int
+    num_pages: int
+    page_tokens: int
+    page_bytes: int
+    num_parameters: int
+
+
+class EngineStats(Message, frozen=True, kw_only=True):
+    """A snapshot for the metrics, sent at most every ``stats_interval`` while anything changes.
+
+    Counters are totals since the engine started. ``load_seconds`` are the page-in times (disk or host to pool) of the
+    adapter loads since the last snapshot; ``step_seconds`` likewise of the steps.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_kv: int = 0
+    pages_adapter: int = 0
+    pages_free: int = 0
+    adapters_resident: int = 0
+    adapters_host: int = 0
+    host_bytes: int = 0
+    host_bytes_limit: int = 0
+    adapter_hits: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    adapter_load_failures: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    load_seconds: list[float] = []
+    step_seconds: list[float] = []
+
+
+class StartProgress(Message, frozen=True, kw_only=True):
+    """How far the engine's start is: ``done`` of ``total`` bytes of weights read."""
+
+    done: int
+    total: int
+
+
+class StartFailed(Message, frozen=True, kw_only=True):
+    """The engine cannot start; it exits after this."""
+
+    error: ErrorInfo
+
+
+class OutputBatch(Message, frozen=True, kw_only=True):
+    """Everything that one step has to say, in one frame."""
+
+    outputs: list[TokenOutput] = []
+    failed: list[RequestFailed] = []
+
+
+Event = OutputBatch | CallDone | CallFailed | EngineInfo | EngineStats | StartProgress | StartFailed
