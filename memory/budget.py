@@ -1,0 +1,46 @@
+"""How much memory there is, and how many pages the pool gets of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a new allocation on the device could have now; on the host, a container's limit counts."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    available = int(psutil.virtual_memory().available)
+    limit, used = _read_number(_CGROUP_LIMIT), _read_number(_CGROUP_USED)
+    if limit is not None and used is not None:
+        available = min(available, max(0, limit - used))
+    return available
+
+
+def _read_number(file: Path) -> int | None:
+    """A cgroup's number; None where there is no such file or no limit ("max")."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def count_pages(*, pool_bytes: int | None, memory_fraction: float, available: int, page_bytes: int) -> int:
+    """Pages of the pool: of ``pool_bytes`` where given, else of a fraction of the available memory.
+
+    Raises:
+        ValueError: not even one page fits; the message has the numbers.
+    """
+    budget = pool_bytes if pool_bytes is not None else int(available * memory_fraction)
+    if budget > available:
+        raise ValueError(f"pool_bytes is {budget}, but only {available} bytes are available on the device")
+    num_pages = budget // page_bytes
+    if num_pages < 1:
+        raise ValueError(f"the pool has {budget} bytes, but one page takes {page_bytes}")
+    return num_pages
