@@ -1,0 +1,57 @@
+"""The base model's linears: ``y = x W^T + b`` with the weight laid out as the device likes it.
+
+On CPUs the weight is packed once into oneDNN's blocked layout, which is two to four times as fast as a plain product at
+the few rows of a decode step (measured in ``docs/notebook.md``); elsewhere it stays as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_ROWS_HINT = 16
+"""Rows that the packed layout is chosen for: a decode step's."""
+
+
+class DenseLinear:
+    """A frozen linear.
+
+    Args:
+        weight: [out_features, in_features]; not kept where it is packed.
+        bias: [out_features] or None.
+        pack: False keeps the weight as it is.
+    """
+
+    __slots__ = ("_bias", "_packed", "_weight", "in_features", "out_features")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, pack: bool = True) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._bias = bias
+        self._packed = pack and can_pack(weight)
+        self._weight = _pack(weight) if self._packed else weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, in_features] to [rows, out_features]."""
+        if self._packed:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            return y
+        return F.linear(x, self._weight, self._bias)
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN has a fast product for this dtype on this machine."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return has_fast_bfloat16()
+    return weight.dtype == torch.float32
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware or in AVX-512 registers (AMX, AVX512-BF16, AVX-512)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
+    return packed
