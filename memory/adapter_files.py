@@ -1,0 +1,230 @@
+"""Adapter folders: found, described from their headers, and read with every check.
+
+What a folder may hold is in the documentation of each family of adapters. A family is a module with a reader and an
+outline, registered in ``FAMILIES`` under the ``peft_type`` that names it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from loraplex.memory.adapter_config import CONFIG_NAME, RawConfig, read_config, text_or_none
+from loraplex.memory.adapter_errors import AdapterFileError, shown
+from loraplex.memory.adapter_spec import AdapterSpec, BaseShape
+from loraplex.memory.peft_lora import outline_lora, read_lora
+from loraplex.memory.tensor_file import TensorFile, TensorListing, list_tensor_file, read_tensor_file
+
+
+class FamilyReader(Protocol):
+    """Checks a folder's content against the served base and describes it neutrally.
+
+    Errors: AdapterFileError if it breaks a rule. ``dtype`` and ``base_weights`` as in ``read_adapter``.
+    """
+
+    def __call__(
+        self,
+        raw: RawConfig,
+        file: TensorFile,
+        *,
+        shape: BaseShape,
+        dtype: torch.dtype | None = None,
+        base_weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> AdapterSpec: ...
+
+
+class FamilyOutline(Protocol):
+    """Largest rank and adapted sites of a folder, without its weights; AdapterFileError if it breaks a rule."""
+
+    def __call__(self, raw: RawConfig, listing: TensorListing) -> tuple[int, tuple[str, ...]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family of adapters: its ``kind`` as in ``AdapterSpec``, and how its folders are read and outlined."""
+
+    kind: str
+    read: FamilyReader
+    outline: FamilyOutline
+
+
+FAMILIES: Mapping[str, Family] = {"LORA": Family("lora", read_lora, outline_lora)}
+"""Families that are served, by ``peft_type``."""
+
+_NOT_YET = {
+    "MIXLORA": "MixLoRA",
+    "MOLA": "MoLA",
+    "LORAMOE": "LoRAMoE",
+    "TOKENWISE": "token-wise routing",
+    "METEORA": "MeteoRA",
+}
+_ROUTED_FAMILIES = {"mixtral": "MIXLORA", "switch": "MIXLORA", "mola": "MOLA", "loramoe": "LORAMOE"}
+
+
+def read_adapter(
+    path: Path | str,
+    shape: BaseShape,
+    *,
+    allow_bin: bool = False,
+    max_bytes: int | None = None,
+    base_name: str | None = None,
+    dtype: torch.dtype | None = None,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
+) -> AdapterSpec:
+    """Read an adapter folder and make every check.
+
+    Args:
+        path: the folder.
+        shape: what the served base offers to adapters.
+        allow_bin: whether pickled weights may be read where there is no safetensors file.
+        max_bytes: largest tensors' file that is read.
+        base_name: name of the served base; an adapter that names another gets a warning.
+        dtype: of the served model; values beyond its range are refused. None: any finite value will do.
+        base_weights: the served base's ``embed_tokens [vocab, hidden]`` and ``lm_head [vocab, hidden]``. PEFT saves
+            copies of them beside LoRA on them; without these to compare with, such copies are refused.
+
+    Errors: AdapterFileError naming the key or file at fault, and what was expected.
+    """
+    folder = _folder(path)
+    raw = read_config(folder)
+    family = _family(raw)
+    file = read_tensor_file(folder, allow_bin=allow_bin, max_bytes=max_bytes)
+    spec = family.read(raw, file, shape=shape, dtype=dtype, base_weights=base_weights)
+    return replace(spec, warnings=(*_other_base(raw, base_name), *spec.warnings))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """What a folder says of itself without its weights being read.
+
+    Attributes:
+        kind: as in ``AdapterSpec``.
+        rank: the largest of any pair.
+        targets: adapted sites in image order.
+        num_tensors: in the tensors' file; None for a ``.bin``, which does not tell.
+        num_bytes: size of the tensors' file.
+        base_model: what it was trained on, as its configuration says.
+        dtype: of the tensors, "mixed", or None for a ``.bin``.
+        file: name of the tensors' file.
+    """
+
+    kind: str
+    rank: int
+    targets: tuple[str, ...]
+    num_tensors: int | None
+    num_bytes: int
+    base_model: str | None
+    dtype: str | None
+    file: str
+
+
+def describe_adapter(path: Path | str) -> AdapterSummary:
+    """Describe an adapter folder from its configuration and the header of its tensors' file.
+
+    Errors: AdapterFileError where that suffices to see that the adapter cannot be served.
+    """
+    folder = _folder(path)
+    raw = read_config(folder)
+    family = _family(raw)
+    listing = list_tensor_file(folder)
+    rank, targets = family.outline(raw, listing)
+    return AdapterSummary(
+        kind=family.kind,
+        rank=rank,
+        targets=targets,
+        num_tensors=None if listing.shapes is None else len(listing.shapes),
+        num_bytes=listing.num_bytes,
+        base_model=text_or_none(raw, "base_model_name_or_path"),
+        dtype=listing.dtype,
+        file=listing.name,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAdapters:
+    """Adapter folders by name, in the order of their names, and a sentence for each folder that was left out."""
+
+    paths: Mapping[str, Path]
+    warnings: tuple[str, ...]
+
+
+def find_adapters(root: Path | str) -> FoundAdapters:
+    """Every direct sub-folder of ``root`` that holds a configuration, or ``root`` alone if it does. Reads no file.
+
+    Errors: AdapterFileError if ``root`` is no folder.
+    """
+    folder = _folder(root)
+    if _is_adapter(folder):
+        found = [folder.resolve()]
+    else:
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted(Path(entry.path) for entry in entries if _is_adapter(Path(entry.path)))
+        except OSError as error:
+            raise AdapterFileError(f"{shown(str(root))}: cannot be listed: {error.strerror}") from error
+    problems = {path: name_problem(path.name) for path in found}
+    return FoundAdapters(
+        paths={path.name: path for path, problem in problems.items() if problem is None},
+        warnings=tuple(f"{shown(path.name)}: skipped: {problem}" for path, problem in problems.items() if problem),
+    )
+
+
+def name_problem(name: str) -> str | None:
+    """What keeps a text from being the name of an adapter; None if nothing does."""
+    if not name or len(name) > 255:
+        return "a name has 1 to 255 characters"
+    if name.startswith(".") or name != name.strip():
+        return "a name starts with no dot, and starts and ends with no space"
+    if not name.isprintable() or any(character in name for character in ",/\\"):
+        return "a name holds no commas, slashes, backslashes or control characters"
+    return None
+
+
+def _is_adapter(folder: Path) -> bool:
+    try:
+        return (folder / CONFIG_NAME).is_file()
+    except OSError:
+        return False
+
+
+def _folder(path: Path | str) -> Path:
+    try:
+        folder = Path(path)
+        if folder.is_dir():
+            return folder
+        sentence = "not a folder" if folder.exists() else "no such folder"
+    except (OSError, ValueError) as error:
+        sentence = f"not a path: {shown(str(error))}"
+    raise AdapterFileError(f"{shown(str(path))}: {sentence}; expected one with {CONFIG_NAME}", key=str(path))
+
+
+def _family(raw: RawConfig) -> Family:
+    name = text_or_none(raw, "peft_type")
+    key = "peft_type"
+    if name is None:
+        key, name = "routing_strategy", _routed_family(text_or_none(raw, "routing_strategy"))
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if name in _NOT_YET:
+        raise AdapterFileError(f"{key} in {CONFIG_NAME}: {_NOT_YET[name]} is not served yet", key=key)
+    raise AdapterFileError(
+        f"{key} in {CONFIG_NAME}: {shown(name)} is not served; expected {', '.join(FAMILIES)}", key=key
+    )
+
+
+def _routed_family(strategy: str | None) -> str:
+    if strategy is None:
+        return "LORA"
+    return "MIXLORA" if strategy.startswith("mixlora") else _ROUTED_FAMILIES.get(strategy, strategy)
+
+
+def _other_base(raw: RawConfig, base_name: str | None) -> tuple[str, ...]:
+    named = text_or_none(raw, "base_model_name_or_path")
+    if not named or base_name is None or Path(named).name == Path(base_name).name:
+        return ()
+    return (f"base_model_name_or_path is {shown(named)}, but the served base is {shown(base_name)}",)
