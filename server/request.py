@@ -1,0 +1,207 @@
+"""Requests as the scheduler sees them: one prompt, and a sequence of tokens for each of its choices."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from loraplex.server.messages import AdapterRef, FinishReason, Generate, SamplingParams, TokenLogprob
+
+
+class SequenceState(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+TRANSITIONS: Final[Mapping[SequenceState, frozenset[SequenceState]]] = {
+    SequenceState.WAITING: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
+    SequenceState.RUNNING: frozenset({SequenceState.WAITING, SequenceState.FINISHED}),
+    SequenceState.FINISHED: frozenset(),
+}
+"""Allowed changes of state. A running sequence waits again when it is preempted."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of a request: the prompt, and what has been generated.
+
+    Attributes:
+        seq_id: unique, and rising with arrival: a lower one came earlier.
+        request: that it belongs to.
+        index: which choice.
+        seed: of its random draws, 0 to 2**63 - 1.
+        prompt_ids: shared by the choices of a request; never written.
+        output_ids: tokens sampled so far; grown by ``append`` only.
+        num_computed: leading tokens whose K/V is in the pool.
+        state: see ``TRANSITIONS``; changed by ``enter`` only.
+        cached_tokens: prompt tokens whose K/V came from another choice.
+        first_scheduled_at: monotonic seconds of the first admission.
+        adapter_load_seconds: how long the first admission waited for the adapter; None for the base model.
+        output_counts: how often each token was sampled; kept only where a penalty is on.
+        prompt_logprobs: collected so far for the prompt tokens from the second on.
+        has_output: whether its first output has been sent.
+        pinned: identity of the adapter that it pins.
+        passed: later sequences admitted while this one was first in line and found no pages.
+        num_tokens: known tokens, the prompt's and the sampled ones; kept by ``append``, as every step asks for it.
+    """
+
+    seq_id: int
+    request: Request = field(repr=False)
+    index: int
+    seed: int
+    prompt_ids: list[int] = field(repr=False)
+    output_ids: list[int] = field(default_factory=list, repr=False)
+    num_computed: int = 0
+    state: SequenceState = SequenceState.WAITING
+    cached_tokens: int = 0
+    first_scheduled_at: float | None = None
+    adapter_load_seconds: float | None = None
+    output_counts: Counter[int] | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
+    has_output: bool = False
+    pinned: str | None = None
+    passed: int = 0
+    num_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether more than its last known token is still to be computed."""
+        return self.num_computed < self.num_tokens - 1
+
+    @property
+    def has_prompt_computed(self) -> bool:
+        """Whether the K/V of the whole prompt is in the pool."""
+        return self.num_computed >= len(self.prompt_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the log-probabilities of its prompt are asked for and not sent yet."""
+        return not self.has_output and self.index == 0 and self.request.params.prompt_logprobs is not None
+
+    def token_slice(self, start: int, stop: int) -> list[int]:
+        """Known tokens ``start`` to ``stop - 1``, counted from the start of the prompt."""
+        num_prompt = len(self.prompt_ids)
+        if start >= num_prompt:
+            return self.output_ids[start - num_prompt : stop - num_prompt]
+        if stop <= num_prompt:
+            return self.prompt_ids[start:stop]
+        return self.prompt_ids[start:] + self.output_ids[: stop - num_prompt]
+
+    def enter(self, state: SequenceState) -> None:
+        """Change state. AssertionError for a change that ``TRANSITIONS`` does not list."""
+        assert state in TRANSITIONS[self.state], f"sequence {self.seq_id}: {self.state.value} -> {state.value}"
+        self.state = state
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token."""
+        self.output_ids.append(token_id)
+        self.num_tokens += 1
+        if self.output_counts is not None:
+            self.output_counts[token_id] += 1
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence is over after its latest token, or None while it goes on."""
+        num_outputs = len(self.output_ids)
+        params = self.request.params
+        if num_outputs and num_outputs >= params.min_tokens and self.output_ids[-1] in self.request.stop_ids:
+            return "stop"
+        if num_outputs >= params.max_tokens or self.num_tokens >= self.request.max_total_tokens:
+            return "length"
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt under one adapter, with one sequence for each choice.
+
+    Attributes:
+        request_id: as the client of the engine named it.
+        params: how to sample.
+        adapter: None for the base model.
+        prompt_ids: at least one.
+        arrival: monotonic seconds.
+        max_total_tokens: prompt and output together; reaching it ends a choice.
+        stop_ids: tokens that end a choice.
+        sequences: by choice.
+        held_back: sequences that wait for the prompt of choice 0, to share it.
+        adapter_identity: once the adapter was found ready.
+        adapter_pages: that the adapter takes in the pool, once it was found ready.
+        first_lookup_at: monotonic seconds at which the adapter was first asked for.
+        waited_for_adapter: whether the adapter was ever found loading.
+        holds_adapter: whether the adapter is held in the host store for this request.
+        num_live: sequences that are not finished.
+        num_unreleased: sequences that may still own pages or pins.
+    """
+
+    request_id: str
+    params: SamplingParams
+    adapter: AdapterRef | None
+    prompt_ids: list[int] = field(repr=False)
+    arrival: float
+    max_total_tokens: int
+    stop_ids: frozenset[int] = field(repr=False)
+    sequences: list[Sequence] = field(default_factory=list)
+    held_back: list[Sequence] = field(default_factory=list, repr=False)
+    adapter_identity: str | None = None
+    adapter_pages: int = 0
+    first_lookup_at: float | None = None
+    waited_for_adapter: bool = False
+    holds_adapter: bool = False
+    num_live: int = 0
+    num_unreleased: int = 0
+
+
+def make_request(
+    generate: Generate, *, first_seq_id: int, arrival: float, max_total_tokens: int, eos_token_ids: frozenset[int]
+) -> Request:
+    """Build a request and its sequences, all waiting, with ids from ``first_seq_id`` on."""
+    params = generate.params
+    request = Request(
+        request_id=generate.request_id,
+        params=params,
+        adapter=generate.adapter,
+        prompt_ids=generate.prompt_ids,
+        arrival=arrival,
+        max_total_tokens=max_total_tokens,
+        stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
+    )
+    seed = params.seed if params.seed is not None else secrets.randbits(64)
+    counted = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+    request.sequences = [
+        Sequence(
+            seq_id=first_seq_id + index,
+            request=request,
+            index=index,
+            seed=choice_seed(seed, index),
+            prompt_ids=request.prompt_ids,
+            output_counts=Counter() if counted else None,
+        )
+        for index in range(generate.n)
+    ]
+    request.held_back = request.sequences[1:]
+    request.num_live = request.num_unreleased = generate.n
+    return request
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of one choice, 0 to 2**63 - 1: neighbouring seeds and choices have nothing in common."""
+    return _splitmix64(_splitmix64(seed) + index) >> 1
+
+
+def _splitmix64(value: int) -> int:
+    """One output of SplitMix64 (Steele, Lea, Flood 2014)."""
+    mask = (1 << 64) - 1
+    value = (value + 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)

@@ -1,0 +1,382 @@
+"""The scheduler: who runs in the next step, with which tokens, and what their results mean.
+
+It decides and touches no tensor. A step is ``schedule`` (which gives a ``StepPlan``), the model's work, and
+``complete``. Running sequences with one token to compute come first, so prompts never hold up decoding; what is left of
+the step's token budget goes to prompts under way, then to sequences from the line (see ``admission.py``), each by
+arrival.
+
+When a running sequence needs a page and neither a free one nor an idle adapter is left, the running sequence that
+arrived last is preempted: it gives up its pages and computes its tokens again when it comes back in. So whoever arrived
+first always gets on, and since its ``max_total_tokens`` fit the pool, it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from loraplex.memory.adapter_cache import AdapterCache
+from loraplex.memory.kv_cache import KvCache
+from loraplex.memory.page_pool import PagePool
+from loraplex.server.adapter_directory import (
+    AdapterDirectory,
+    AdapterFailed,
+    AdapterLoading,
+    AdapterReady,
+    AdapterStatus,
+)
+from loraplex.server.admission import Admission, by_arrival, max_tokens_in
+from loraplex.server.errors import ContextLengthError, InvalidRequestError, LoraplexError, OverloadedError
+from loraplex.server.messages import AdapterRef, ErrorInfo, Generate, RequestFailed, TokenLogprob, TokenOutput
+from loraplex.server.request import Request, Sequence, SequenceState, make_request
+from loraplex.server.scheduler_config import SchedulerConfig
+from loraplex.server.step_output import make_output
+from loraplex.server.step_plan import Chunk, PageIn, SampledToken, StepPlan, cut_chunk
+
+__all__ = [
+    "AdapterDirectory",
+    "AdapterFailed",
+    "AdapterLoading",
+    "AdapterReady",
+    "AdapterStatus",
+    "Chunk",
+    "PageIn",
+    "SampledToken",
+    "Scheduler",
+    "SchedulerConfig",
+    "StepPlan",
+]
+
+
+class Scheduler:
+    """Continuous batching over one pool.
+
+    Args:
+        config: limits.
+        pool: shared by ``kv`` and ``adapters``, and by nobody else.
+        kv: page lists by sequence id.
+        adapters: which adapters lie in the pool.
+        directory: the host store of adapters.
+        clock: monotonic seconds.
+
+    Attributes:
+        preemptions: sequences preempted so far.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: PagePool,
+        kv: KvCache,
+        adapters: AdapterCache,
+        directory: AdapterDirectory,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._kv = kv
+        self._adapters = adapters
+        self._directory = directory
+        self._clock = clock
+        self._admission = Admission(config, pool, kv, adapters, directory, clock)
+        self._requests: dict[str, Request] = {}
+        self._running: list[Sequence] = []
+        self._num_live = 0
+        self._next_seq_id = 0
+        self._in_flight: StepPlan | None = None
+        self._release_later: list[Sequence] = []
+        self.preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is open."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that run."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait, for whatever reason."""
+        return self._num_live - len(self._running)
+
+    @property
+    def num_ready(self) -> int:
+        """Waiting sequences that do not wait for an adapter to be read."""
+        return self._admission.num_in_line
+
+    @property
+    def waiting_adapters(self) -> tuple[AdapterRef, ...]:
+        """Adapters that are loading while sequences wait for them."""
+        return self._admission.loading
+
+    def running_with(self, ref: AdapterRef) -> int:
+        """Running sequences under this registration of an adapter."""
+        return sum(sequence.request.adapter == ref for sequence in self._running)
+
+    def add(self, generate: Generate) -> None:
+        """Queue a request.
+
+        Raises:
+            ContextLengthError: the prompt can never fit the model's context or the pool.
+            InvalidRequestError: the prompt is empty.
+            OverloadedError: the queue is full.
+        """
+        assert generate.request_id not in self._requests, f"request {generate.request_id} is open already"
+        assert generate.n >= 1
+        self._check_length(generate)
+        if self.num_waiting >= self._config.max_waiting:
+            raise OverloadedError(
+                f"{self.num_waiting} sequences are waiting, and the limit is {self._config.max_waiting}."
+            )
+        total = min(len(generate.prompt_ids) + generate.params.max_tokens, self._config.max_model_len)
+        request = make_request(
+            generate,
+            first_seq_id=self._next_seq_id,
+            arrival=self._clock(),
+            max_total_tokens=min(total, max_tokens_in(self._pool.num_pages, self._kv)),
+            eos_token_ids=self._config.eos_token_ids,
+        )
+        self._next_seq_id += generate.n
+        self._num_live += generate.n
+        self._requests[request.request_id] = request
+        self._admission.submit(request.sequences[0])
+
+    def _check_length(self, generate: Generate) -> None:
+        num_prompt, limit = len(generate.prompt_ids), self._config.max_model_len
+        if num_prompt == 0:
+            raise InvalidRequestError("The prompt is empty; it must have at least one token.", param="prompt")
+        needed = num_prompt + (1 if generate.params.max_tokens else 0)
+        if needed > limit:
+            room = "" if needed == num_prompt else " and room for one more is needed"
+            raise ContextLengthError(
+                f"The prompt has {num_prompt} tokens{room}, but the model's context is {limit}.", param="prompt"
+            )
+        pages = self._kv.pages_for(num_prompt)
+        if pages > self._pool.num_pages:
+            raise ContextLengthError(
+                f"The prompt of {num_prompt} tokens needs {pages} pages, but the pool has {self._pool.num_pages}.",
+                param="prompt",
+            )
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one choice of it, without a word. Unknown and finished ones are ignored."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        for sequence in request.sequences:
+            if index in (None, sequence.index) and sequence.state is not SequenceState.FINISHED:
+                self._end(sequence)
+
+    def fail(self, request_id: str, error: LoraplexError) -> RequestFailed | None:
+        """End a request with an error. Returns what its client is to be told; None if it is not open."""
+        if request_id not in self._requests:
+            return None
+        self.abort(request_id)
+        return RequestFailed(request_id=request_id, error=ErrorInfo.of(error))
+
+    def fail_all(self, error: LoraplexError) -> list[RequestFailed]:
+        """End every request with an error and give up the step under way, if there is one.
+
+        Adapters that it was to page in are dropped: their pages may hold anything.
+        """
+        plan, self._in_flight = self._in_flight, None
+        self._release_ended()
+        failed = [self.fail(request_id, error) for request_id in list(self._requests)]
+        for page_in in plan.page_ins if plan else ():
+            self._adapters.drop(page_in.identity)
+        return [message for message in failed if message is not None]
+
+    def schedule(self) -> StepPlan:
+        """Plan a step. A plan with chunks must be given to ``complete`` (or ``fail_all``) before the next one."""
+        assert self._in_flight is None, "the last step has not been completed"
+        plan = StepPlan()
+        preemptions = self.preemptions
+        self._plan_decodes(plan)
+        budget = self._plan_prefills(plan, self._config.max_batch_tokens - len(plan.chunks))
+        # Who has just been preempted would otherwise come straight back, or others take the pages it gave up.
+        may_enter = self.preemptions == preemptions
+        self._admission.poll_adapters()
+        self._admission.admit(
+            plan,
+            self._running,
+            budget if may_enter else 0,
+            fail=lambda request, error: self._fail_planned(plan, request, error),
+        )
+        if plan.chunks:
+            self._in_flight = plan
+        return plan
+
+    def _fail_planned(self, plan: StepPlan, request: Request, error: LoraplexError) -> None:
+        failed = self.fail(request.request_id, error)
+        assert failed is not None
+        plan.failed.append(failed)
+
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        # By position: preemption shortens the list from its end, where nobody has been planned yet.
+        position = 0
+        while position < len(self._running):
+            sequence = self._running[position]
+            position += 1
+            if sequence.num_computed == sequence.num_tokens - 1 and self._secure_pages(sequence):
+                plan.chunks.append(cut_chunk(sequence, 1))
+
+    def _secure_pages(self, sequence: Sequence) -> bool:
+        """Find room for all tokens of a running sequence; False where it had to give way itself."""
+        missing = self._kv.missing_pages(sequence.seq_id, sequence.num_tokens)
+        if not missing:
+            return True
+        while not self._adapters.make_room(missing):
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self._kv.extend(sequence.seq_id, sequence.num_tokens)
+        return True
+
+    def _plan_prefills(self, plan: StepPlan, budget: int) -> int:
+        """Returns the tokens left."""
+        for sequence in self._running:
+            if budget <= 0:
+                break
+            if sequence.is_prefilling:
+                chunk = cut_chunk(sequence, min(budget, self._config.prefill_chunk))
+                plan.chunks.append(chunk)
+                budget -= chunk.stop - chunk.start
+        return budget
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert len(self._running) > 1, "a sequence that runs alone always fits"
+        self._stop_running(sequence)
+        self._give_up_pages(sequence)
+        sequence.enter(SequenceState.WAITING)
+        sequence.num_computed = 0
+        sequence.prompt_logprobs.clear()
+        self._admission.submit(sequence)
+        self.preemptions += 1
+
+    def complete(
+        self,
+        plan: StepPlan,
+        results: Mapping[int, SampledToken],
+        prompt_logprobs: Mapping[int, list[TokenLogprob]] | None = None,
+    ) -> list[TokenOutput]:
+        """Take in the results of a step. Those of sequences aborted meanwhile are ignored.
+
+        Args:
+            plan: from the last ``schedule``.
+            results: by sequence id, one for each chunk that samples.
+            prompt_logprobs: by sequence id, for each chunk that wants them (see ``Chunk`` for which).
+
+        Returns:
+            One output for each sequence that has something to say.
+        """
+        if not plan.chunks:
+            return []
+        assert plan is self._in_flight, "a plan that is not under way"
+        self._in_flight = None
+        self._release_ended()
+        outputs: list[TokenOutput] = []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if sequence.state is not SequenceState.RUNNING:
+                continue
+            sequence.num_computed = chunk.stop
+            if chunk.wants_prompt_logprobs:
+                found = (prompt_logprobs or {})[sequence.seq_id]
+                assert len(found) == min(chunk.stop, len(sequence.prompt_ids) - 1) - chunk.start
+                sequence.prompt_logprobs.extend(found)
+            if chunk.stop == sequence.num_tokens:
+                outputs.append(self._take_result(sequence, results[sequence.seq_id] if chunk.samples else None))
+        return outputs
+
+    def _take_result(self, sequence: Sequence, result: SampledToken | None) -> TokenOutput:
+        """Add the sampled token, if any, to a sequence whose known tokens are all computed, and tell its client."""
+        if not sequence.has_output:
+            self._let_siblings_go(sequence)
+        if result is not None:
+            sequence.append(result.token_id)
+        reason = sequence.finish_reason()
+        if reason is not None:
+            self._end(sequence)
+        return make_output(sequence, result, reason)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Finish a sequence, whatever it was doing."""
+        request = sequence.request
+        if sequence.state is SequenceState.RUNNING:
+            self._stop_running(sequence)
+        elif sequence in request.held_back:
+            request.held_back.remove(sequence)
+        else:
+            self._admission.withdraw(sequence)
+        sequence.enter(SequenceState.FINISHED)
+        self._num_live -= 1
+        request.num_live -= 1
+        if request.num_live == 0:
+            del self._requests[request.request_id]
+        self._let_siblings_go(sequence)
+        # The step under way still writes and reads this sequence's pages, and may still page its adapter in.
+        self._release_later.append(sequence)
+        if self._in_flight is None:
+            self._release_ended()
+
+    def _release_ended(self) -> None:
+        for sequence in self._release_later:
+            self._give_up_pages(sequence)
+            request = sequence.request
+            request.num_unreleased -= 1
+            if request.num_unreleased == 0 and request.adapter is not None and request.holds_adapter:
+                request.holds_adapter = False
+                self._directory.release_hold(request.adapter)
+        self._release_later.clear()
+
+    def _give_up_pages(self, sequence: Sequence) -> None:
+        self._kv.release(sequence.seq_id)
+        if sequence.pinned is not None:
+            self._adapters.unpin(sequence.pinned)
+            sequence.pinned = None
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        at = bisect_left(self._running, sequence.seq_id, key=by_arrival)
+        assert self._running[at] is sequence
+        del self._running[at]
+
+    def _let_siblings_go(self, sequence: Sequence) -> None:
+        """Choice 0 has its prompt computed, or never will: the others wait for it no longer."""
+        if sequence.index == 0 and sequence.request.held_back:
+            for sibling in sequence.request.held_back:
+                self._admission.submit(sibling)
+            sequence.request.held_back.clear()
+
+    def check_integrity(self) -> None:
+        """AssertionError where the owners of pages, the states of the sequences and the counts here disagree."""
+        for owner in (self._pool, self._kv, self._adapters):
+            owner.check_integrity()
+        assert self._pool.num_free + self._kv.num_pages + self._adapters.num_pages == self._pool.num_pages
+        assert self._running == sorted(self._running, key=by_arrival)
+        live = [sequence for request in self._requests.values() for sequence in request.sequences]
+        live = [sequence for sequence in live if sequence.state is not SequenceState.FINISHED]
+        assert len(live) == self._num_live
+        running = [sequence for sequence in live if sequence.state is SequenceState.RUNNING]
+        assert running == sorted(running, key=by_arrival) == self._running
+        held_back = [sequence for request in self._requests.values() for sequence in request.held_back]
+        waiting = sorted([*self._admission.waiting(), *held_back], key=by_arrival)
+        assert waiting == sorted(set(live) - set(running), key=by_arrival)
+        self._check_ownership([*running, *self._release_later], waiting)
+
+    def _check_ownership(self, owners: list[Sequence], waiting: list[Sequence]) -> None:
+        """Those who run, or ran until just now, own all that is owned."""
+        assert not any(self._kv.pages(sequence.seq_id) or sequence.pinned for sequence in waiting)
+        assert set(self._kv.sequences) <= {sequence.seq_id for sequence in owners}
+        for sequence in self._running:
+            assert not self._kv.missing_pages(sequence.seq_id, sequence.num_computed)
+            assert sequence.pinned == sequence.request.adapter_identity
+        pins = Counter(sequence.pinned for sequence in owners if sequence.pinned is not None)
+        assert pins == {
+            name: self._adapters.pins(name) for name in self._adapters.resident if self._adapters.pins(name)
+        }

@@ -1,0 +1,72 @@
+"""What the scheduler tells the model runner to do in one step, and what it hears back for each sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from loraplex.server.messages import AdapterRef, RequestFailed, TokenLogprob
+from loraplex.server.request import Sequence
+
+
+class Chunk(NamedTuple):
+    """Tokens ``start`` to ``stop - 1`` of a sequence, to be computed in this step; its pages have room for them.
+
+    Attributes:
+        sequence: whose tokens.
+        start: first token, counted from the start of the prompt; all before it are in the pool.
+        stop: behind the last token.
+        samples: whether a token is to be sampled from the logits at ``stop - 1``.
+        adapter: identity, or None for the base model.
+        wants_prompt_logprobs: whether to report the log-probability of every prompt token from ``start + 1`` to
+            ``min(stop, len(prompt) - 1)``, both included: those that the chunk's logits predict.
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+    samples: bool
+    adapter: str | None
+    wants_prompt_logprobs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PageIn:
+    """An adapter image to copy into ``pages`` before the forward pass."""
+
+    identity: str
+    ref: AdapterRef
+    pages: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: first the page-ins, then one forward pass over all chunks.
+
+    ``failed`` are requests that ended while the step was planned; their clients are to be told.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    page_ins: list[PageIn] = field(default_factory=list)
+    failed: list[RequestFailed] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute."""
+        return sum(chunk.stop - chunk.start for chunk in self.chunks)
+
+
+class SampledToken(NamedTuple):
+    """The token sampled for a chunk; ``logprob`` where the request asks for it."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+def cut_chunk(sequence: Sequence, limit: int) -> Chunk:
+    """The next tokens of a running sequence, at most ``limit``."""
+    start, end = sequence.num_computed, sequence.num_tokens
+    stop = min(end, start + limit)
+    request = sequence.request
+    samples = stop == end and request.params.max_tokens > 0
+    return Chunk(sequence, start, stop, samples, request.adapter_identity, sequence.wants_prompt_logprobs)
