@@ -1,0 +1,37 @@
+"""What the HTTP edge needs to know of the settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpConfig:
+    """Limits and names of the HTTP edge.
+
+    Args:
+        model_name: the name under which the base model is served.
+        api_keys: accepted bearer tokens; none means open to all.
+        max_body_bytes: a larger request body is a 413.
+        adapter_roots: folders below which ``lora_path`` must lie; none means any folder.
+        stream_interval: tokens of a choice per streamed event; its first token never waits.
+        strict_requests: refuse unknown request fields instead of naming them in a response header.
+        drain_seconds: how long open streams may go on after the server was told to stop.
+        max_n: the most choices per prompt.
+        max_logprobs: the most alternatives per token.
+        max_choices: the most choices in one body, all its prompts together.
+        ping_seconds: a stream that was silent for so long gets a comment.
+    """
+
+    model_name: str
+    api_keys: frozenset[str] = frozenset()
+    max_body_bytes: int = 32 * 1024 * 1024
+    adapter_roots: tuple[Path, ...] = ()
+    stream_interval: int = 1
+    strict_requests: bool = False
+    drain_seconds: float = 30.0
+    max_n: int = 128
+    max_logprobs: int = 20
+    max_choices: int = 2048
+    ping_seconds: float = 15.0

@@ -1,0 +1,70 @@
+"""Whether the server takes new work, and what of it is still open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraplex.server.engine_client import EngineClient
+from loraplex.server.errors import UnavailableError
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """Serving, then draining, then expired; it never goes back.
+
+    Draining: new work is refused, open work goes on. Expired: open work is cancelled, and its clients are told.
+    """
+
+    draining: bool = False
+    expired: bool = False
+    _open: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being worked on."""
+        return len(self._open)
+
+    def begin_drain(self) -> None:
+        """From now on new work is refused. Safe to call from a signal handler."""
+        self.draining = True
+
+    def expire(self) -> None:
+        """Ends what is still open. To be called in the event loop."""
+        self.draining = self.expired = True
+        for task in self._open:
+            task.cancel()
+
+    @contextlib.contextmanager
+    def track(self) -> Iterator[None]:
+        """One request in flight, in the current task.
+
+        Raises:
+            UnavailableError: the server is draining.
+        """
+        task = asyncio.current_task()
+        if self.draining or task is None:
+            raise stopping_error()
+        self._open.add(task)
+        try:
+            yield
+        finally:
+            self._open.discard(task)
+
+
+def stopping_error() -> UnavailableError:
+    """What clients of a stopping server hear."""
+    return UnavailableError("The server is shutting down.")
+
+
+def check_ready(engine: EngineClient) -> None:
+    """Refuses work while there is no engine to do it.
+
+    Raises:
+        UnavailableError: the engine is starting, restarting, failed or stopped.
+    """
+    if engine.state != "ready":
+        raise UnavailableError(f"The engine is not ready: {engine.state}.")

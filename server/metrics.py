@@ -1,0 +1,198 @@
+"""What Prometheus scrapes: the edge's own counts and times, and the engine's last snapshot.
+
+One collector per app, filled from the event loop only. Labels are bounded: endpoints are route patterns, ``kind`` is
+``base`` or ``adapter``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from loraplex.server.adapter_registry import AdapterRegistry
+from loraplex.server.engine_client import EngineClient
+from loraplex.server.errors import ERRORS_BY_NAME
+from loraplex.server.histogram import Histogram
+from loraplex.server.lifecycle import Lifecycle
+from loraplex.server.messages import EngineStats
+
+Labels = tuple[str, ...]
+KINDS: tuple[Labels, ...] = (("base",), ("adapter",))
+ERROR_TYPES: tuple[Labels, ...] = tuple(sorted({(error.type,) for error in ERRORS_BY_NAME.values()}))
+ENGINE_COUNTERS = {
+    "adapter_hits": "Requests whose adapter was in the pool already.",
+    "adapter_loads": "Adapters paged into the pool.",
+    "adapter_evictions": "Adapters evicted from the pool.",
+    "adapter_load_failures": "Adapters that could not be loaded.",
+    "preemptions": "Sequences put back because pages ran out.",
+    "steps": "Steps of the engine.",
+}
+
+
+class _Counts:
+    """A counter with labels; the ``known`` ones are there from the start, so that rates see the first increase."""
+
+    def __init__(self, name: str, text: str, labels: Labels, known: Iterable[Labels] = ()) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._values: Counter[Labels] = Counter(dict.fromkeys(known, 0))
+
+    def add(self, labels: Labels, amount: int = 1) -> None:
+        self._values[labels] += amount
+
+    def family(self) -> Metric:
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, value in self._values.items():
+            family.add_metric(labels, value)
+        return family
+
+
+class _Times:
+    """A histogram of seconds for each ``kind``, or one without labels."""
+
+    def __init__(self, name: str, text: str, labels: Labels = ("kind",), known: Iterable[Labels] = KINDS) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._histograms = {values: Histogram() for values in known}
+
+    def observe(self, seconds: float, *labels: str) -> None:
+        self._histograms[labels].observe(seconds)
+
+    def family(self) -> Metric:
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, histogram in self._histograms.items():
+            family.add_metric(labels, buckets=histogram.buckets(), sum_value=histogram.sum)
+        return family
+
+
+class ServerMetrics:
+    """Collects for one app. ``registry`` is what ``/metrics`` writes out."""
+
+    def __init__(self, engine: EngineClient, adapters: AdapterRegistry, lifecycle: Lifecycle) -> None:
+        self.registry = CollectorRegistry()
+        self._engine = engine
+        self._adapters = adapters
+        self._lifecycle = lifecycle
+        self._version = version("loraplex")
+        self._restarts = 0
+        self._steps_seen = 0
+        kind = ("kind",)
+        self._http = _Counts("loraplex_http_requests", "Answered HTTP requests.", ("endpoint", "status"))
+        self._errors = _Counts("loraplex_errors", "Requests that ended with an error.", ("type",), ERROR_TYPES)
+        self._requests = _Counts("loraplex_requests", "Generation requests that ended.", ("kind", "outcome"))
+        self._finished = _Counts("loraplex_choices_finished", "Choices that were finished.", ("kind", "reason"))
+        self._prompt = _Counts("loraplex_prompt_tokens", "Tokens of prompts.", kind, KINDS)
+        self._generated = _Counts("loraplex_generation_tokens", "Tokens generated.", kind, KINDS)
+        self._first = _Times("loraplex_time_to_first_token_seconds", "From the request to its first token.")
+        self._gaps = _Times("loraplex_inter_token_seconds", "Between two outputs of a choice.")
+        self._queued = _Times("loraplex_request_queue_seconds", "From the request to its first step.")
+        self._whole = _Times("loraplex_request_seconds", "From the request to its end.")
+        self._loads = _Times("loraplex_adapter_load_seconds", "Paging an adapter in.", (), [()])
+        self._step_times = _Times("loraplex_step_seconds", "Steps of the engine.", (), [()])
+        self.registry.register(self)
+        engine.on_stats.append(self.engine_stats)
+
+    def http_request(self, endpoint: str, status: int, error_type: str | None) -> None:
+        """A request was answered; ``error_type`` also where the error came after the status."""
+        self._http.add((endpoint, str(status)))
+        if error_type is not None:
+            self._errors.add((error_type,))
+
+    def add_prompt_tokens(self, kind: str, amount: int) -> None:
+        self._prompt.add((kind,), amount)
+
+    def first_token(self, kind: str, seconds: float, queue_seconds: float | None) -> None:
+        """A request's first output came."""
+        self._first.observe(seconds, kind)
+        if queue_seconds is not None:
+            self._queued.observe(queue_seconds, kind)
+
+    def tokens_came(self, kind: str, amount: int, gap_seconds: float | None) -> None:
+        """An output of a choice came, ``gap_seconds`` after the one before it."""
+        self._generated.add((kind,), amount)
+        if gap_seconds is not None:
+            self._gaps.observe(gap_seconds, kind)
+
+    def choice_finished(self, kind: str, reason: str) -> None:
+        self._finished.add((kind, reason))
+
+    def request_ended(self, kind: str, outcome: str, seconds: float) -> None:
+        """A generation is over: ``finished``, ``failed`` or ``aborted``."""
+        self._requests.add((kind, outcome))
+        self._whole.observe(seconds, kind)
+
+    def engine_stats(self, stats: EngineStats) -> None:
+        """A snapshot came. The engine counts from its start: if it counts less, it was started again."""
+        if stats.steps < self._steps_seen:
+            self._restarts += 1
+        self._steps_seen = stats.steps
+        for seconds in stats.load_seconds:
+            self._loads.observe(seconds)
+        for seconds in stats.step_seconds:
+            self._step_times.observe(seconds)
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, as the registry asks for them."""
+        counts = (self._http, self._errors, self._requests, self._finished, self._prompt, self._generated)
+        times = (self._first, self._gaps, self._queued, self._whole, self._loads, self._step_times)
+        for source in (*counts, *times):
+            yield source.family()
+        yield from self._engine_families(self._engine.stats)
+        yield from self._state_families()
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: names are unique by construction, and the engine need not be asked at registration."""
+        return iter(())
+
+    def _engine_families(self, stats: EngineStats) -> Iterator[Metric]:
+        for name, text in ENGINE_COUNTERS.items():
+            family = CounterMetricFamily(f"loraplex_{name}", text)
+            family.add_metric((), getattr(stats, name))
+            yield family
+        yield _gauge("loraplex_requests_running", "Sequences in the batch.", stats.running)
+        yield _gauge("loraplex_requests_waiting", "Sequences waiting for their turn.", stats.waiting)
+        yield _gauge("loraplex_pool_capacity_pages", "Pages of the pool in all.", stats.pages_total)
+        yield _gauges(
+            "loraplex_pool_pages",
+            "Pages of the pool by use.",
+            "use",
+            {"kv": stats.pages_kv, "adapter": stats.pages_adapter, "free": stats.pages_free},
+        )
+        yield _gauges(
+            "loraplex_adapters",
+            "Adapters by where they are held.",
+            "tier",
+            {"pool": stats.adapters_resident, "host": stats.adapters_host},
+        )
+        yield _gauge("loraplex_host_store_bytes", "Bytes of adapters in host memory.", stats.host_bytes)
+        yield _gauge("loraplex_host_store_limit_bytes", "Limit of these bytes.", stats.host_bytes_limit)
+
+    def _state_families(self) -> Iterator[Metric]:
+        restarts = CounterMetricFamily("loraplex_engine_restarts", "Times that the engine was started again.")
+        restarts.add_metric((), self._restarts)
+        yield restarts
+        ready = self._engine.state == "ready"
+        yield _gauge("loraplex_engine_up", "Whether the engine is ready.", ready)
+        yield _gauge("loraplex_draining", "Whether the server takes no new work.", self._lifecycle.draining)
+        yield _gauge("loraplex_http_requests_in_flight", "POST requests being answered.", self._lifecycle.in_flight)
+        yield _gauge("loraplex_adapters_registered", "Adapters that requests may name.", len(self._adapters))
+        build = GaugeMetricFamily(
+            "loraplex_build_info", "What runs here; always 1.", labels=("version", "architecture", "dtype", "device")
+        )
+        info = self._engine.info if ready else None
+        served = (info.architecture, info.dtype, info.device) if info else ("", "", "")
+        build.add_metric((self._version, *served), 1)
+        yield build
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _gauges(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=(label,))
+    for label_value, value in values.items():
+        family.add_metric((label_value,), value)
+    return family

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from loraplex.server.errors import EngineError
+from loraplex.server.histogram import Histogram
+from loraplex.server.messages import EngineStats
+
+Sample = tuple[str, tuple[tuple[str, str], ...]]
+
+
+def scrape(client: TestClient) -> dict[Sample, float]:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def value(client: TestClient, name: str, **labels: str) -> float:
+    return scrape(client)[name, tuple(sorted(labels.items()))]
+
+
+def test_requests_and_tokens_are_counted_by_kind(client: TestClient) -> None:
+    client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4, "model": "red"})
+    client.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 2, "n": 2})
+    assert value(client, "loraplex_prompt_tokens_total", kind="adapter") == 3
+    assert value(client, "loraplex_generation_tokens_total", kind="adapter") == 4
+    assert value(client, "loraplex_prompt_tokens_total", kind="base") == 2
+    assert value(client, "loraplex_generation_tokens_total", kind="base") == 8
+    assert value(client, "loraplex_time_to_first_token_seconds_count", kind="base") == 1
+    assert value(client, "loraplex_inter_token_seconds_count", kind="adapter") == 3
+    assert value(client, "loraplex_request_queue_seconds_count", kind="base") == 1
+    assert value(client, "loraplex_request_seconds_count", kind="base") == 1
+    assert value(client, "loraplex_choices_finished_total", kind="base", reason="length") == 4
+    assert value(client, "loraplex_http_requests_total", endpoint="/v1/completions", status="200") == 2
+
+
+def test_errors_are_counted_by_type_also_in_mid_stream(client: TestClient, engine: Any) -> None:
+    client.post("/v1/completions", json={})
+    engine.script.error, engine.script.error_after = EngineError("broke"), 1
+    client.post("/v1/completions", json={"prompt": "a", "stream": True})
+    assert value(client, "loraplex_errors_total", type="invalid_request_error") == 1
+    assert value(client, "loraplex_errors_total", type="server_error") == 1
+    assert value(client, "loraplex_requests_total", kind="base", outcome="failed") == 1
+
+
+def test_paths_and_names_of_clients_make_no_labels(client: TestClient) -> None:
+    for name in ("a", "b", "c"):
+        client.get(f"/v1/models/{name}")
+        client.get(f"/{name}")
+    samples = scrape(client)
+    endpoints = {dict(labels)["endpoint"] for name, labels in samples if name == "loraplex_http_requests_total"}
+    assert endpoints <= {"/v1/models/{model_id:path}", "other", "/metrics"}
+    assert len(endpoints) >= 2
+
+
+def test_the_engines_snapshot_is_shown(client: TestClient, engine: Any) -> None:
+    engine.stats = EngineStats(
+        running=3,
+        waiting=2,
+        pages_total=64,
+        pages_kv=10,
+        pages_adapter=20,
+        pages_free=34,
+        adapters_resident=4,
+        adapters_host=9,
+        host_bytes=1000,
+        host_bytes_limit=2000,
+        adapter_hits=5,
+        adapter_loads=6,
+        adapter_evictions=7,
+        adapter_load_failures=1,
+        preemptions=8,
+        load_seconds=[0.003, 0.2],
+    )
+    for callback in engine.on_stats:
+        callback(engine.stats)
+    assert value(client, "loraplex_requests_running") == 3
+    assert value(client, "loraplex_requests_waiting") == 2
+    assert [value(client, "loraplex_pool_pages", use=use) for use in ("kv", "adapter", "free")] == [10, 20, 34]
+    assert value(client, "loraplex_adapters", tier="host") == 9
+    assert value(client, "loraplex_host_store_bytes") == 1000
+    assert value(client, "loraplex_adapter_evictions_total") == 7
+    assert value(client, "loraplex_preemptions_total") == 8
+    assert value(client, "loraplex_adapter_load_seconds_count") == 2
+    assert value(client, "loraplex_adapters_registered") == 2
+
+
+def test_a_counter_of_the_engine_that_falls_is_a_restart(client: TestClient, engine: Any) -> None:
+    for steps in (5, 9, 2, 3):
+        for callback in engine.on_stats:
+            callback(EngineStats(steps=steps))
+    assert value(client, "loraplex_engine_restarts_total") == 1
+
+
+def test_openmetrics_is_written_where_asked_for(client: TestClient) -> None:
+    answer = client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+    assert answer.text.endswith("# EOF\n")
+
+
+def test_two_apps_count_apart(make_client: Any) -> None:
+    first, second = make_client(), make_client()
+    first.post("/v1/completions", json={"prompt": "a"})
+    assert value(second, "loraplex_prompt_tokens_total", kind="base") == 0
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_finds_no_fault(client: TestClient) -> None:
+    client.post("/v1/completions", json={"prompt": "a"})
+    text = client.get("/metrics").text
+    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@given(st.lists(st.floats(0, 400), max_size=50))
+def test_a_histogram_counts_what_is_not_above_each_bound(values: list[float]) -> None:
+    histogram = Histogram()
+    for one in values:
+        histogram.observe(one)
+    for bound, count in histogram.buckets():
+        assert count == sum(1 for one in values if one <= float(bound))
+    assert histogram.sum == pytest.approx(sum(values))
