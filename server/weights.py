@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from loraplex.server.traits import ModelTraits
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all)."""
+
+_EMBEDDING = "model.embed_tokens.weight"
+_LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,28 @@ def _index(folder: Path) -> dict[str, str]:
     raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}; other formats are not read")
 
 
+class BaseMatrices(Mapping[str, torch.Tensor]):
+    """The base's ``embed_tokens`` and ``lm_head`` [vocabulary, hidden] as stored, read again when asked for.
+
+    PEFT saves copies of them beside some adapters; a copy is compared with these. Any thread may ask.
+    """
+
+    def __init__(self, folder: Path, traits: ModelTraits) -> None:
+        self._folder = folder
+        self._shape = (traits.vocab_size, traits.hidden_size)
+        head = _EMBEDDING if traits.tied_embeddings else _LM_HEAD
+        self._names = {"embed_tokens": _EMBEDDING, "lm_head": head}
+
+    def __getitem__(self, site: str) -> torch.Tensor:
+        return CheckpointReader(self._folder).read(self._names[site], self._shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def load_weights(
     reader: CheckpointReader, traits: ModelTraits, dtype: torch.dtype, device: torch.device
 ) -> DecoderWeights:
@@ -112,12 +137,12 @@ def load_weights(
         CheckpointError: where a tensor is missing or of another shape, or where one is left over.
     """
     loader = _Loader(reader, traits, dtype, device)
-    embedding = loader.tensor("model.embed_tokens.weight", traits.vocab_size, traits.hidden_size)
+    embedding = loader.tensor(_EMBEDDING, traits.vocab_size, traits.hidden_size)
     layers = tuple(loader.layer(f"model.layers.{i}.") for i in range(traits.num_layers))
     norm = loader.tensor("model.norm.weight", traits.hidden_size)
-    head = embedding if traits.tied_embeddings else loader.tensor("lm_head.weight", *embedding.shape)
+    head = embedding if traits.tied_embeddings else loader.tensor(_LM_HEAD, *embedding.shape)
     lm_head = DenseLinear(head)
-    ignored = ("rotary_emb.inv_freq", "lm_head.weight")  # derived, or tied to the embedding
+    ignored = ("rotary_emb.inv_freq", _LM_HEAD)  # derived, or tied to the embedding
     left_over = [name for name in reader.unread() if not name.endswith(ignored)]
     if left_over:
         raise CheckpointError(

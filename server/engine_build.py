@@ -1,0 +1,183 @@
+"""Puts an engine together from its configuration: reads the model, sizes the pool, wires the parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig
+
+from loraplex.kernels.attention_plan import AttentionPlanner
+from loraplex.kernels.dense_linear import has_fast_bfloat16
+from loraplex.memory.adapter_cache import AdapterCache
+from loraplex.memory.adapter_store import AdapterStore
+from loraplex.memory.arena import PageShape, allocate_arena, page_shape, poison
+from loraplex.memory.budget import available_bytes, count_pages
+from loraplex.memory.kv_cache import KvCache
+from loraplex.memory.page_pool import PagePool
+from loraplex.server.batch import BatchMaker
+from loraplex.server.checkpoint import find_checkpoint, read_config
+from loraplex.server.decoder import Decoder
+from loraplex.server.engine import Engine, EngineParts
+from loraplex.server.engine_config import EngineConfig
+from loraplex.server.errors import InvalidRequestError
+from loraplex.server.host_directory import HostDirectory
+from loraplex.server.messages import EngineInfo
+from loraplex.server.model_runner import ModelRunner
+from loraplex.server.scheduler import Scheduler
+from loraplex.server.scheduler_config import SchedulerConfig
+from loraplex.server.traits import ModelTraits, read_traits
+from loraplex.server.weights import BaseMatrices, CheckpointReader, Progress, load_weights
+
+
+class EngineStartError(InvalidRequestError):
+    """The engine cannot start with these settings; ``param`` names the one at fault."""
+
+    default_code = "engine_start"
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is cuda where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineStartError("device is 'cuda', but no CUDA device is available; use 'cpu' or 'auto'", param="device")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, checkpoint: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """``auto`` is the checkpoint's dtype, but float32 on a CPU that has no fast product for it."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    wanted = checkpoint or torch.float32
+    if device.type == "cpu" and not (wanted == torch.bfloat16 and has_fast_bfloat16()):
+        return torch.float32
+    return wanted
+
+
+def build_engine(
+    config: EngineConfig, *, progress: Progress | None = None, on_change: Callable[[], None] | None = None
+) -> Engine:
+    """Read the model and make an engine ready to serve.
+
+    Args:
+        config: what to serve and within which limits.
+        progress: told of the weights read.
+        on_change: called from a loader thread when an adapter has been read.
+
+    Raises:
+        LoraplexError: the model or the settings cannot be served; the message says why.
+    """
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    folder = find_checkpoint(config.model)
+    hf_config = read_config(folder)
+    traits = read_traits(hf_config)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, traits.torch_dtype, device)
+    reader = CheckpointReader(folder, progress)
+    weights = load_weights(reader, traits, dtype, device)
+    shape = page_shape(traits.num_layers, traits.kv_size, config.page_tokens, dtype)
+    num_pages = _count_pages(config, shape, device)
+    info = EngineInfo(
+        model_path=str(folder),
+        architecture=traits.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        vocab_size=traits.vocab_size,
+        max_model_len=_max_model_len(config, traits),
+        num_pages=num_pages,
+        page_tokens=shape.page_tokens,
+        page_bytes=shape.page_bytes,
+        num_parameters=weights.num_parameters,
+    )
+    parts = _wire(config, info, traits, Decoder(traits, weights), shape, device, _eos_ids(folder, hf_config), on_change)
+    return Engine(parts, config.stats_interval)
+
+
+def _wire(
+    config: EngineConfig,
+    info: EngineInfo,
+    traits: ModelTraits,
+    decoder: Decoder,
+    shape: PageShape,
+    device: torch.device,
+    eos_ids: frozenset[int],
+    on_change: Callable[[], None] | None,
+) -> EngineParts:
+    arena = allocate_arena(shape, info.num_pages, device)
+    pool = PagePool(info.num_pages, on_release=partial(poison, arena) if config.poison_freed_pages else None)
+    if config.poison_freed_pages:
+        poison(arena, range(info.num_pages))
+    kv, adapters = KvCache(pool, shape.page_tokens), AdapterCache(pool)
+    store = AdapterStore(
+        traits.base_shape,
+        shape.page_elems,
+        shape.dtype,
+        byte_limit=config.host_adapter_bytes,
+        threads=config.loader_threads,
+        allow_bin=config.allow_bin,
+        pin_memory=device.type == "cuda",
+        base_name=config.model,
+        base_weights=BaseMatrices(Path(info.model_path), traits),
+        on_change=on_change,
+    )
+    directory = HostDirectory(store, adapters, info.num_pages)
+    limits = SchedulerConfig(
+        max_model_len=info.max_model_len,
+        eos_token_ids=eos_ids,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        prefill_chunk=config.prefill_chunk,
+    )
+    planner = AttentionPlanner(shape.page_tokens, tuple(dict.fromkeys(traits.windows)), shape.dtype, device)
+    batches = BatchMaker(planner, kv, decoder.embedding_group, device)
+    return EngineParts(
+        info=info,
+        pool=pool,
+        kv=kv,
+        adapters=adapters,
+        store=store,
+        directory=directory,
+        scheduler=Scheduler(limits, pool, kv, adapters, directory),
+        runner=ModelRunner(decoder, arena, batches),
+    )
+
+
+def _count_pages(config: EngineConfig, shape: PageShape, device: torch.device) -> int:
+    try:
+        return count_pages(
+            pool_bytes=config.pool_bytes,
+            memory_fraction=config.memory_fraction,
+            available=available_bytes(device),
+            page_bytes=shape.page_bytes,
+        )
+    except ValueError as error:
+        raise EngineStartError(str(error), param="pool_bytes") from error
+
+
+def _max_model_len(config: EngineConfig, traits: ModelTraits) -> int:
+    if config.max_model_len is None:
+        return traits.max_positions
+    if config.max_model_len > traits.max_positions:
+        raise EngineStartError(
+            f"max_model_len is {config.max_model_len}, but the model's context is {traits.max_positions}",
+            param="max_model_len",
+        )
+    return config.max_model_len
+
+
+def _eos_ids(folder: Path, config: PretrainedConfig) -> frozenset[int]:
+    """Tokens that end a text: the generation configuration's, else the model configuration's."""
+    found = None
+    if (folder / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(folder).eos_token_id
+    if found is None:
+        found = getattr(config, "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found)

@@ -1,0 +1,32 @@
+"""What the engine process is told at its start."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the engine needs besides requests. Sizes are bytes, times seconds; see ``settings.py`` for each."""
+
+    model: str
+    dtype: DtypeName = "auto"
+    device: DeviceName = "auto"
+    pool_bytes: int | None = None
+    memory_fraction: float = 0.5
+    host_adapter_bytes: int = 4 << 30
+    page_tokens: int = 16
+    max_model_len: int | None = None
+    max_batch_tokens: int = 2048
+    max_running: int = 256
+    max_waiting: int = 4096
+    prefill_chunk: int = 512
+    threads: int | None = None
+    loader_threads: int = 2
+    allow_bin: bool = False
+    poison_freed_pages: bool = False
+    stats_interval: float = 0.25

@@ -1,0 +1,98 @@
+"""Carries out a step: adapters into the pool, one forward pass, one token for each sequence that is due."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from loraplex.kernels.lora_rows import ResidentAdapter
+from loraplex.memory.adapter_image import AdapterImage
+from loraplex.memory.transfer import page_in
+from loraplex.server.batch import Batch, BatchMaker, LogitRow
+from loraplex.server.decoder import Decoder
+from loraplex.server.messages import TokenLogprob
+from loraplex.server.sampler import sample, token_logprobs
+from loraplex.server.step_plan import Chunk, SampledToken
+
+_LOGPROB_ROWS = 256
+"""Rows of prompt log-probabilities worked out at a time; bounds memory at large vocabularies."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step yields, by ``seq_id``: sampled tokens, and log-probabilities of the prompt tokens of its chunks."""
+
+    sampled: dict[int, SampledToken] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+
+
+class ModelRunner:
+    """Runs steps on one device.
+
+    Args:
+        decoder: the model.
+        arena: [num_layers, num_pages, page_elems], the pool's memory.
+        batches: makes the tensors.
+    """
+
+    def __init__(self, decoder: Decoder, arena: torch.Tensor, batches: BatchMaker) -> None:
+        self._decoder = decoder
+        self._arena = arena
+        self._batches = batches
+        self._resident: dict[str, ResidentAdapter] = {}
+
+    def page_in(self, image: AdapterImage, pages: list[int]) -> None:
+        """Copy an adapter into its pages; from now on chunks may name it."""
+        page_in(image, self._arena, pages)
+        num_layers, num_pages, page_elems = self._arena.shape
+        self._resident[image.identity] = ResidentAdapter(image.layout, pages, page_elems // 128, num_layers, num_pages)
+
+    def keep_only(self, identities: Iterable[str]) -> None:
+        """Forget adapters that left the pool."""
+        kept = set(identities)
+        for identity in [i for i in self._resident if i not in kept]:
+            del self._resident[identity]
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> StepResult:
+        """One forward pass over the chunks."""
+        if not chunks:
+            return StepResult()
+        batch = self._batches.make(chunks, self._resident)
+        logits = self._decoder.forward(batch.step, self._arena)
+        return _read_logits(logits, batch)
+
+
+def _read_logits(logits: torch.Tensor, batch: Batch) -> StepResult:
+    due = [(i, want) for i, want in enumerate(batch.logit_rows) if _is_sampled(want)]
+    prompt = [(i, want) for i, want in enumerate(batch.logit_rows) if not _is_sampled(want)]
+    result = StepResult(prompt_logprobs=_prompt_logprobs(logits, prompt))
+    for want in batch.logit_rows:
+        if want.chunk.wants_prompt_logprobs:
+            result.prompt_logprobs.setdefault(want.chunk.sequence.seq_id, [])
+    if due:
+        rows = torch.tensor([i for i, _ in due], device=logits.device)
+        sequences = [want.chunk.sequence for _, want in due]
+        tokens = sample(logits.index_select(0, rows), sequences)
+        result.sampled.update((sequence.seq_id, token) for sequence, token in zip(sequences, tokens))
+    return result
+
+
+def _is_sampled(want: LogitRow) -> bool:
+    return want.chunk.samples and want.position == want.chunk.stop - 1
+
+
+def _prompt_logprobs(logits: torch.Tensor, wanted: list[tuple[int, LogitRow]]) -> dict[int, list[TokenLogprob]]:
+    found: dict[int, list[TokenLogprob]] = {}
+    for at in range(0, len(wanted), _LOGPROB_ROWS):
+        part = wanted[at : at + _LOGPROB_ROWS]
+        rows = torch.tensor([i for i, _ in part], device=logits.device)
+        sequences = [want.chunk.sequence for _, want in part]
+        tokens = [s.prompt_ids[want.position + 1] for s, (_, want) in zip(sequences, part)]
+        counts = [s.request.params.prompt_logprobs or 0 for s in sequences]
+        reported = token_logprobs(logits.index_select(0, rows).log_softmax(-1), tokens, counts)
+        for sequence, entry in zip(sequences, reported):
+            found.setdefault(sequence.seq_id, []).append(entry)
+    return found
