@@ -1,0 +1,211 @@
+"""All settings of a server in one frozen tree: command-line flags over environment over a file over defaults."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from loraplex.server.engine_config import DeviceName, DtypeName, EngineConfig
+from loraplex.server.errors import InvalidRequestError
+from loraplex.server.http_config import HttpConfig
+
+PREFIX = "LORAPLEX_"
+CLIENT_VARIABLES = frozenset({"LORAPLEX_URL", "LORAPLEX_API_KEY"})
+"""Read by the clients, not by the server."""
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["console", "json"]
+
+
+class SettingsError(InvalidRequestError):
+    """A setting is unknown or has a bad value; the message says which and what is accepted."""
+
+    default_code = "settings"
+
+
+class Settings(BaseSettings):
+    """Settings of ``loraplex serve``: each is a flag, an environment variable, and a key of the settings file."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    model: str = Field(description="Folder of a Hugging Face checkpoint, or a hub id where there is a network.")
+    served_model_name: str | None = Field(
+        None, description="Name of the base model in the API; its folder's name if absent."
+    )
+    adapters: Path | None = Field(
+        None, description="Folder of adapter folders; each is registered under its folder's name."
+    )
+    adapter: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="A single adapter as NAME=PATH; may be given several times."
+    )
+    adapter_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description="Folders below which adapters may be loaded over HTTP; none means anywhere."
+    )
+    allow_bin: bool = Field(
+        False, description="Also read adapter_model.bin (with weights_only); off because it is pickle."
+    )
+
+    dtype: DtypeName = Field("auto", description="auto: the checkpoint's, or float32 on a CPU without fast bfloat16.")
+    device: DeviceName = Field("auto", description="auto: cuda where there is one.")
+    threads: int | None = Field(None, ge=1, description="CPU threads for the model; all cores if absent.")
+    max_model_len: int | None = Field(None, ge=1, description="Longest context in tokens; the model's own if absent.")
+
+    pool_bytes: ByteSize | None = Field(
+        None, gt=0, description="Size of the pool that K/V and adapters share, e.g. 8GiB."
+    )
+    memory_fraction: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Size of the pool as a share of the memory left after the weights; if no pool_bytes.",
+    )
+    page_tokens: int = Field(16, ge=1, le=1024, description="Tokens whose K/V a page holds.")
+    host_adapter_bytes: ByteSize = Field(
+        ByteSize(4 << 30), gt=0, description="Host memory for adapters that are not in the pool."
+    )
+    loader_threads: int = Field(2, ge=1, le=64, description="Threads that read and verify adapters.")
+
+    max_batch_tokens: int = Field(2048, ge=1, description="Tokens computed in one step.")
+    max_running: int = Field(256, ge=1, description="Sequences that run at once.")
+    max_waiting: int = Field(4096, ge=1, description="Sequences that may wait; more are refused with 429.")
+    prefill_chunk: int = Field(512, ge=1, description="Prompt tokens of one sequence computed in one step.")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Accepted bearer tokens, separated by commas; none means open to all."
+    )
+    max_body_bytes: ByteSize = Field(ByteSize(32 << 20), gt=0, description="Largest request body.")
+    stream_interval: int = Field(1, ge=1, description="Tokens per streamed event.")
+    strict_requests: bool = Field(
+        False, description="Refuse unknown request fields instead of naming them in a header."
+    )
+    drain_seconds: float = Field(30.0, ge=0, description="How long open requests may go on after SIGTERM.")
+
+    engine: Literal["process", "inline"] = Field("process", description="inline runs the engine in the HTTP process.")
+    log_level: LogLevel = Field("info", description="Least severe messages to log.")
+    log_format: LogFormat = Field("console", description="json writes one object a line.")
+
+    @field_validator("adapter", "adapter_roots", "api_keys", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+    @field_validator("adapter")
+    @classmethod
+    def _check_adapter(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            name, equals, path = entry.partition("=")
+            if not (name and equals and path):
+                raise ValueError(f"{entry!r} is not NAME=PATH")
+        return value
+
+    @property
+    def model_name(self) -> str:
+        """What the base model is called in the API."""
+        return self.served_model_name or Path(self.model).name or self.model
+
+    @property
+    def named_adapters(self) -> dict[str, str]:
+        """The single adapters: name to path."""
+        return dict(entry.partition("=")[::2] for entry in self.adapter)
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's share."""
+        shared = set(EngineConfig.__struct_fields__) & set(type(self).model_fields)
+        values = {name: getattr(self, name) for name in shared}
+        return msgspec.convert(
+            {name: int(v) if isinstance(v, ByteSize) else v for name, v in values.items()}, EngineConfig
+        )
+
+    def http_config(self) -> HttpConfig:
+        """The HTTP edge's share."""
+        return HttpConfig(
+            model_name=self.model_name,
+            api_keys=frozenset(key.get_secret_value() for key in self.api_keys),
+            max_body_bytes=int(self.max_body_bytes),
+            adapter_roots=tuple(root.resolve() for root in self.adapter_roots),
+            stream_interval=self.stream_interval,
+            strict_requests=self.strict_requests,
+            drain_seconds=self.drain_seconds,
+        )
+
+
+def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> Settings:
+    """Settings from flags, the environment and a file, in this order of precedence.
+
+    Args:
+        flags: by setting; None values count as absent.
+        file: YAML or TOML.
+
+    Raises:
+        SettingsError: an unknown setting, or a bad value.
+    """
+    given = {name: value for name, value in flags.items() if value is not None and value != []}
+    from_file = _read_file(file) if file is not None else {}
+
+    class Sourced(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            del dotenv_settings, file_secret_settings
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
+
+    _check_environment()
+    try:
+        return Sourced(**given)
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}", param="config") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{file} must hold settings as keys and values", param="config")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _check_environment() -> None:
+    """Refuse misspelt variables: they would be ignored without a word."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | CLIENT_VARIABLES
+    for variable in os.environ:
+        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
+            raise SettingsError(
+                f"environment variable {variable} is not a setting; known are {', '.join(sorted(known))}"
+            )
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for each fault, without repeating values: they may be secret."""
+    lines = []
+    for fault in error.errors(include_url=False, include_context=False, include_input=False):
+        name = str(fault["loc"][0]) if fault["loc"] else "settings"
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            message = f"no such setting; known are {', '.join(sorted(Settings.model_fields))}"
+        lines.append(f"{name}: {message}")
+    return "; ".join(lines)
