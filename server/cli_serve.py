@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import types
 import typing
@@ -12,18 +11,10 @@ from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from loraplex.server.cli_lazy import run_lazily
 from loraplex.server.demo.assets import adapters_folder, base_folder
-from loraplex.server.errors import LoraplexError
-from loraplex.server.logs import configure_logs
-from loraplex.server.serve import Serving
-from loraplex.server.serve import serve as serve_until_stopped
-from loraplex.server.settings import Settings, load_settings
-
-_NAMES_SHOWN = 12
+from loraplex.server.settings import Settings
 
 Command = Callable[..., None]
 
@@ -93,67 +84,15 @@ def serve(
 
     Every flag is also an environment variable (LORAPLEX_POOL_BYTES) and a key of the --config file (pool_bytes).
     """
-    _run({"model": model, **flags}, config)
+    run_lazily("loraplex.server.cli_serving:run_server", {"model": model, **flags}, config)
+
+
+def demo_settings() -> dict[str, str]:
+    """What makes a server the demo."""
+    return {"model": str(base_folder()), "adapters": str(adapters_folder()), "served_model_name": "loraplex-demo"}
 
 
 @_with_settings("model", "adapters", "served_model_name")
 def demo(**flags: Any) -> None:
     """Serve the built-in demo: a small trained base model and one adapter for each of its skills."""
-    own = {"model": str(base_folder()), "adapters": str(adapters_folder()), "served_model_name": "loraplex-demo"}
-    _run({**flags, **own}, None)
-
-
-def _run(flags: dict[str, Any], config: Path | None) -> None:
-    console = Console(stderr=True)
-    try:
-        settings = load_settings(flags, config)
-        configure_logs(settings.log_level, settings.log_format)
-        with _WeightsProgress(console) as progress:
-            asyncio.run(
-                serve_until_stopped(settings, progress=progress, on_ready=lambda s: _greet(console, progress, s))
-            )
-    except LoraplexError as error:
-        console.print(f"[red]error:[/red] {escape(error.message)}", soft_wrap=True)
-        raise typer.Exit(1) from None
-
-
-def _greet(console: Console, progress: _WeightsProgress, serving: Serving) -> None:
-    progress.stop()
-    shown = ", ".join(serving.adapters[:_NAMES_SHOWN])
-    more = len(serving.adapters) - _NAMES_SHOWN
-    adapters = (
-        f"{len(serving.adapters)} adapters" + (f": {shown}" if shown else "") + (f" and {more} more" * (more > 0))
-    )
-    console.print(f"[green]ready:[/green] {escape(serving.model_name)} with {escape(adapters)}", soft_wrap=True)
-    console.print(f"       {serving.url}  (Ctrl-C drains and stops)", soft_wrap=True)
-
-
-class _WeightsProgress:
-    """A progress bar that appears with the first bytes and goes when the server is ready."""
-
-    def __init__(self, console: Console) -> None:
-        self._bar = Progress(
-            TextColumn("reading weights"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> _WeightsProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._task is None:
-            self._bar.start()
-            self._task = self._bar.add_task("weights", total=total)
-        self._bar.update(self._task, completed=done)
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        self._bar.stop()
+    run_lazily("loraplex.server.cli_serving:run_server", flags | demo_settings(), None)

@@ -1,0 +1,34 @@
+"""The command ``loraplex``."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version as version_of
+
+import typer
+
+from loraplex.server.cli_adapters import adapters_app
+from loraplex.server.cli_chat import chat
+from loraplex.server.cli_serve import demo, serve
+
+app = typer.Typer(
+    name="loraplex",
+    help="One frozen base model and thousands of adapters, served together.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.command()(demo)
+app.command()(chat)
+app.add_typer(adapters_app, name="adapters")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"loraplex {version_of('loraplex')}")
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    sys.exit(app())
