@@ -26,6 +26,7 @@ from loraplex.memory.tensor_file import read_regular_file
 from loraplex.server import checkpoint
 from loraplex.server.cli_report import fail, print_error, print_line, server_errors_reported, table_console
 from loraplex.server.traits import ModelTraits, read_traits
+from loraplex.server.weights import BaseMatrices
 
 
 def inspect(path: Path, base: Path | None, *, allow_bin: bool, page_tokens: int, as_json: bool) -> None:
@@ -87,7 +88,15 @@ def _adapter_folders(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def _read(path: Path, base: Path, traits: ModelTraits, allow_bin: bool) -> AdapterSpec:
-    return read_adapter(path, traits.base_shape, allow_bin=allow_bin, base_name=str(base), dtype=traits.torch_dtype)
+    with server_errors_reported():
+        return read_adapter(
+            path,
+            traits.base_shape,
+            allow_bin=allow_bin,
+            base_name=str(base),
+            dtype=traits.torch_dtype,
+            base_weights=BaseMatrices(base, traits),
+        )
 
 
 def _facts(path: Path) -> dict[str, Any]:

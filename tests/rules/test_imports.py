@@ -30,18 +30,7 @@ WITHOUT_TORCH = (
     "memory/kv_cache.py",
     "memory/adapter_cache.py",
 )
-FASTAPI_MODULES = [
-    "routes_",
-    "app",
-    "http_",
-    "request_",
-    "sse",
-    "answer",
-    "chat_answer",
-    "completion_answer",
-    "edge",
-    "adapter_admin",
-]
+FASTAPI_MODULES = ("routes_", "app", "http_", "request_", "sse", "answer", "chat_answer", "completion_answer")
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 

@@ -1,0 +1,183 @@
+"""The synchronous client. ``async_client.py`` is its twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from os import PathLike, fspath
+from time import sleep
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx2
+
+from loraplex.clients import calls
+from loraplex.clients.calls import Ask, Call, StreamCall
+from loraplex.clients.connection import DEFAULT_TIMEOUT, DEFAULT_URL, Connection
+from loraplex.clients.errors import NOT_HEALTHY, LoraplexClientError
+from loraplex.clients.failures import connection_errors, failed_answer, read_answer
+from loraplex.clients.options import CompletionOptions, GenerationOptions
+from loraplex.clients.retries import pause_before_retry
+from loraplex.clients.sse import EventReader
+from loraplex.clients.streams import Stream
+from loraplex.clients.types import Adapter, Completion, Model, Page, StreamEvent
+
+T = TypeVar("T")
+
+
+class Client:
+    """Speaks to a Loraplex server. Threads may share one; it keeps connections open until it is closed.
+
+    Every call raises a ``LoraplexClientError`` if it fails. Where the server could not be reached, was overloaded or
+    not ready (429, 503), it is made again up to ``max_retries`` times, after the time that the server asks for.
+
+    Args:
+        base_url: of the server; a last ``/v1`` is ignored.
+        api_key: where the server wants one; by default the environment variable ``LORAPLEX_API_KEY``.
+        timeout: longest silence of the server, in seconds; None waits for ever.
+        max_retries: how often a call is made again.
+        transport: in place of the network; an ASGI app in tests, or a transport with a proxy or certificates.
+
+    Raises:
+        InvalidConfiguration: an argument is not acceptable.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        max_retries: int = 2,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self._connection = Connection.checked(base_url, api_key=api_key, timeout=timeout, max_retries=max_retries)
+        self._http = httpx2.Client(transport=transport, **self._connection.http_options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; the client is of no use afterwards."""
+        self._http.close()
+
+    def generate(
+        self, prompt: str | Sequence[int], *, adapter_id: str | None = None, **options: Unpack[CompletionOptions]
+    ) -> Completion:
+        """Continue a text, or a list of token ids, with an adapter, or with the base model where none is named."""
+        return self._send(calls.complete(prompt, adapter_id, options))
+
+    def stream(
+        self, prompt: str | Sequence[int], *, adapter_id: str | None = None, **options: Unpack[CompletionOptions]
+    ) -> Stream:
+        """``generate``, piece by piece as it comes."""
+        return Stream(self._events(calls.stream_completion(prompt, adapter_id, options)))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        adapter_id: str | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Completion:
+        """Answer a conversation: ``[{"role": "user", "content": "..."}]``."""
+        return self._send(calls.chat(messages, adapter_id, options))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        adapter_id: str | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Stream:
+        """``chat``, piece by piece as it comes."""
+        return Stream(self._events(calls.stream_chat(messages, adapter_id, options)))
+
+    def load_adapter(self, name: str, path: str | PathLike[str], *, replace: bool = False) -> Adapter:
+        """Verify and register an adapter from a folder on the server.
+
+        Args:
+            replace: also if the name stands for another folder; else that is a Conflict.
+        """
+        self._send(calls.load_adapter(name, fspath(path), replacing=replace))
+        return self.get_adapter(name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that use it finish."""
+        self._send(calls.unload_adapter(name))
+
+    def list_adapters(self) -> Iterator[Adapter]:
+        """All adapters in order of their names, fetched page by page."""
+        return self._pages(calls.adapters_page)
+
+    def get_adapter(self, name: str) -> Adapter:
+        """One adapter; AdapterNotFound if there is none of that name."""
+        return self._send(calls.get_adapter(name))
+
+    def models(self) -> list[Model]:
+        """The base model, then the adapters as models."""
+        return list(self._pages(calls.models_page))
+
+    def health(self) -> bool:
+        """Whether the server can be reached and is ready."""
+        try:
+            self._send(calls.health())
+        except NOT_HEALTHY:
+            return False
+        return True
+
+    def version(self) -> str:
+        """The server's version."""
+        return self._send(calls.version())
+
+    def _send(self, call: Call[T]) -> T:
+        return read_answer(call, self._exchange(call.ask, stream=False))
+
+    def _pages(self, page_after: Callable[[str | None], Call[Page[T]]]) -> Iterator[T]:
+        page = self._send(page_after(None))
+        yield from page.items
+        while page.next_after is not None:
+            page = self._send(page_after(page.next_after))
+            yield from page.items
+
+    def _events(self, call: StreamCall) -> Generator[StreamEvent, None, None]:
+        response = self._exchange(call.ask, stream=True)
+        try:
+            reader = EventReader(response, call.read)
+            with reader.interruptions():
+                for event in reader.source:
+                    told = reader.read(event)
+                    if told is not None:
+                        yield told
+            reader.end()
+        finally:
+            response.close()
+
+    def _exchange(self, ask: Ask, *, stream: bool) -> httpx2.Response:
+        attempt = 0
+        while True:
+            try:
+                return self._attempt(ask, stream=stream)
+            except LoraplexClientError as error:
+                retries = self._connection.max_retries
+                pause = pause_before_retry(error, attempt=attempt, max_retries=retries, repeat=ask.repeat)
+                if pause is None:
+                    raise
+            sleep(pause)
+            attempt += 1
+
+    def _attempt(self, ask: Ask, *, stream: bool) -> httpx2.Response:
+        request = self._http.build_request(**self._connection.request_options(ask))
+        with connection_errors():
+            response = self._http.send(request, stream=stream)
+            if response.is_success:
+                return response
+            try:
+                response.read()
+            finally:
+                response.close()
+        raise failed_answer(response)
