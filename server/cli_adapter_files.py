@@ -24,9 +24,9 @@ from loraplex.memory.adapter_spec import AdapterSpec
 from loraplex.memory.arena import page_shape
 from loraplex.memory.tensor_file import read_regular_file
 from loraplex.server import checkpoint
+from loraplex.server.base_matrices import BaseMatrices
 from loraplex.server.cli_report import fail, print_error, print_line, server_errors_reported, table_console
 from loraplex.server.traits import ModelTraits, read_traits
-from loraplex.server.weights import BaseMatrices
 
 
 def inspect(path: Path, base: Path | None, *, allow_bin: bool, page_tokens: int, as_json: bool) -> None:

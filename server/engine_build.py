@@ -18,6 +18,7 @@ from loraplex.memory.arena import PageShape, allocate_arena, page_shape, poison
 from loraplex.memory.budget import available_bytes, count_pages
 from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
+from loraplex.server.base_matrices import BaseMatrices
 from loraplex.server.batch import BatchMaker
 from loraplex.server.checkpoint import find_checkpoint, read_config
 from loraplex.server.decoder import Decoder
@@ -30,7 +31,7 @@ from loraplex.server.model_runner import ModelRunner
 from loraplex.server.scheduler import Scheduler
 from loraplex.server.scheduler_config import SchedulerConfig
 from loraplex.server.traits import ModelTraits, read_traits
-from loraplex.server.weights import BaseMatrices, CheckpointReader, Progress, load_weights
+from loraplex.server.weights import CheckpointReader, Progress, load_weights
 
 
 class EngineStartError(InvalidRequestError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+
 from loraplex.server.errors import ERRORS_BY_NAME, EngineError, LoraplexError
 
 FinishReason = Literal["stop", "length", "abort"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from loraplex.server.traits import ModelTraits
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all)."""
 
-_EMBEDDING = "model.embed_tokens.weight"
-_LM_HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,39 +93,26 @@ def _index(folder: Path) -> dict[str, str]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     try:
         if index.is_file():
-            found: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            missing = sorted({name for name in found.values() if not (folder / name).is_file()})
-            if missing:
-                raise CheckpointError(f"{index.name} names files that are missing: {', '.join(missing)}")
-            return found
+            return _read_index(index)
         if single.is_file():
             with safe_open(single, framework="pt", device="cpu") as tensors:
                 return dict.fromkeys(tensors.keys(), single.name)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint in {folder} cannot be read: {error}") from error
     raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}; other formats are not read")
 
 
-class BaseMatrices(Mapping[str, torch.Tensor]):
-    """The base's ``embed_tokens`` and ``lm_head`` [vocabulary, hidden] as stored, read again when asked for.
-
-    PEFT saves copies of them beside some adapters; a copy is compared with these. Any thread may ask.
-    """
-
-    def __init__(self, folder: Path, traits: ModelTraits) -> None:
-        self._folder = folder
-        self._shape = (traits.vocab_size, traits.hidden_size)
-        head = _EMBEDDING if traits.tied_embeddings else _LM_HEAD
-        self._names = {"embed_tokens": _EMBEDDING, "lm_head": head}
-
-    def __getitem__(self, site: str) -> torch.Tensor:
-        return CheckpointReader(self._folder).read(self._names[site], self._shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _read_index(index: Path) -> dict[str, str]:
+    found = json.loads(index.read_text())["weight_map"]
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"weight_map in {index.name} is not a map from tensors to files")
+    outside = sorted({name for name in found.values() if Path(name).name != name})
+    if outside:
+        raise CheckpointError(f"{index.name} names files outside of its folder: {', '.join(outside)}")
+    missing = sorted({name for name in found.values() if not (index.parent / name).is_file()})
+    if missing:
+        raise CheckpointError(f"{index.name} names files that are missing: {', '.join(missing)}")
+    return found
 
 
 def load_weights(
@@ -137,12 +124,12 @@ def load_weights(
         CheckpointError: where a tensor is missing or of another shape, or where one is left over.
     """
     loader = _Loader(reader, traits, dtype, device)
-    embedding = loader.tensor(_EMBEDDING, traits.vocab_size, traits.hidden_size)
+    embedding = loader.tensor(EMBEDDING, traits.vocab_size, traits.hidden_size)
     layers = tuple(loader.layer(f"model.layers.{i}.") for i in range(traits.num_layers))
     norm = loader.tensor("model.norm.weight", traits.hidden_size)
-    head = embedding if traits.tied_embeddings else loader.tensor(_LM_HEAD, *embedding.shape)
+    head = embedding if traits.tied_embeddings else loader.tensor(LM_HEAD, *embedding.shape)
     lm_head = DenseLinear(head)
-    ignored = ("rotary_emb.inv_freq", _LM_HEAD)  # derived, or tied to the embedding
+    ignored = ("rotary_emb.inv_freq", LM_HEAD)  # derived, or tied to the embedding
     left_over = [name for name in reader.unread() if not name.endswith(ignored)]
     if left_over:
         raise CheckpointError(
