@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOMS := server memory kernels clients
 
-.PHONY: serve test check lint types unit format bench bench-peers soak clean
+.PHONY: serve test check lint types unit format docs bench-peers clean
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -30,6 +30,9 @@ unit: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## pages that are made from code
+	$(BIN)/python -m loraplex.server.settings_table > docs/settings.md
 
 bench-peers: $(STAMP)  ## this engine beside transformers + PEFT; prints a record
 	$(BIN)/python tests/bench/bench_peers.py
