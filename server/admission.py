@@ -123,7 +123,8 @@ class Admission:
     def admit(self, plan: StepPlan, running: list[Sequence], budget: int, fail: FailRequest) -> None:
         """Let sequences in, in order of arrival, and plan their first chunks and page-ins.
 
-        Adapters of the sequences considered start to load even where nobody can come in.
+        Adapters of the sequences considered start to load even where nobody can come in. If the plan has no chunks
+        afterwards, every sequence waits for an adapter.
 
         Args:
             plan: gets chunks and page-ins.
@@ -131,6 +132,12 @@ class Admission:
             budget: tokens left in this step; 0 admits nobody.
             fail: called for a request that can never run.
         """
+        self._consider_first(plan, running, budget, fail)
+        # While the machine would stand idle, the line is gone through to its end: who stands there may need no adapter.
+        while len(self._in_line) and not plan.chunks:
+            self._consider_first(plan, running, budget, fail)
+
+    def _consider_first(self, plan: StepPlan, running: list[Sequence], budget: int, fail: FailRequest) -> None:
         limit = min(self._config.max_running, self._config.max_batch_tokens)
         blocked: Sequence | None = None
         for sequence in self._in_line.first(self._config.look_ahead):

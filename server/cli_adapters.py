@@ -14,9 +14,9 @@ from rich.text import Text
 from loraplex.clients.client import Client
 from loraplex.clients.connection import DEFAULT_URL
 from loraplex.clients.types import Adapter
-from loraplex.server.cli_lazy import run_lazily
 from loraplex.server.cli_options import ApiKey, Url
 from loraplex.server.cli_report import client_errors_reported, print_line, table_console
+from loraplex.server.lazy import run_lazily
 
 _FILES = "loraplex.server.cli_adapter_files"
 

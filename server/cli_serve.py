@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from loraplex.server.cli_lazy import run_lazily
 from loraplex.server.demo.assets import adapters_folder, base_folder
+from loraplex.server.lazy import run_lazily
 from loraplex.server.settings import Settings
 
 Command = Callable[..., None]

@@ -28,10 +28,11 @@ from loraplex.server.errors import InvalidRequestError
 from loraplex.server.host_directory import HostDirectory
 from loraplex.server.messages import EngineInfo
 from loraplex.server.model_runner import ModelRunner
+from loraplex.server.progress import Progress
 from loraplex.server.scheduler import Scheduler
 from loraplex.server.scheduler_config import SchedulerConfig
 from loraplex.server.traits import ModelTraits, read_traits
-from loraplex.server.weights import CheckpointReader, Progress, load_weights
+from loraplex.server.weights import CheckpointReader, load_weights
 
 
 class EngineStartError(InvalidRequestError):

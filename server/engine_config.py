@@ -30,3 +30,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_bin: bool = False
     poison_freed_pages: bool = False
     stats_interval: float = 0.25
+
+
+class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
+    """What stands on standard input: the engine's configuration, and where its sockets are."""
+
+    config: EngineConfig
+    commands: str
+    events: str
+    log_level: str = "info"
+    log_format: str = "console"

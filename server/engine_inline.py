@@ -16,7 +16,7 @@ from loraplex.server.engine_loop import run_engine
 from loraplex.server.engine_session import EngineSession
 from loraplex.server.errors import LoraplexError, UnavailableError
 from loraplex.server.messages import Command, Event, Shutdown
-from loraplex.server.weights import Progress
+from loraplex.server.progress import Progress
 
 _log = structlog.get_logger(__name__)
 

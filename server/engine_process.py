@@ -19,7 +19,7 @@ import structlog
 import zmq
 
 from loraplex.server.engine_build import build_engine
-from loraplex.server.engine_config import EngineConfig
+from loraplex.server.engine_config import EngineArguments
 from loraplex.server.engine_loop import run_engine
 from loraplex.server.errors import LoraplexError
 from loraplex.server.logs import configure_logs
@@ -27,16 +27,6 @@ from loraplex.server.messages import Command, ErrorInfo, Event, StartFailed, Sta
 
 _log = structlog.get_logger(__name__)
 _PROGRESS_SECONDS = 0.1
-
-
-class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
-    """What stands on standard input: the engine's configuration, and where its sockets are."""
-
-    config: EngineConfig
-    commands: str
-    events: str
-    log_level: str = "info"
-    log_format: str = "console"
 
 
 class SocketPort:

@@ -22,7 +22,7 @@ from loraplex.server.messages import (
     TokenOutput,
     UnloadAdapter,
 )
-from loraplex.server.weights import Progress
+from loraplex.server.progress import Progress
 
 
 class EngineSession:

@@ -15,12 +15,11 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from loraplex.server.engine_config import EngineConfig
-from loraplex.server.engine_process import EngineArguments
+from loraplex.server.engine_config import EngineArguments, EngineConfig
 from loraplex.server.engine_session import EngineSession
 from loraplex.server.errors import EngineError, LoraplexError, UnavailableError
 from loraplex.server.messages import Abort, Command, Event, Shutdown
-from loraplex.server.weights import Progress
+from loraplex.server.progress import Progress
 
 _log = structlog.get_logger(__name__)
 
@@ -120,7 +119,11 @@ class ProcessEngine(EngineSession):
             log_format=self._log_format,
         )
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loraplex.server.engine_process", stdin=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            "loraplex.server.engine_process",
+            stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal is for this process alone
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(arguments) + b"\n")

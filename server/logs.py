@@ -24,7 +24,10 @@ def configure_logs(level: str = "info", form: str = "console") -> None:
     rendered: list[structlog.typing.Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if form == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        # Not rich's tracebacks: they print local variables, which may be secret, and take seconds.
+        else [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
     )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -42,3 +45,6 @@ def configure_logs(level: str = "info", form: str = "console") -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
+    if level != "debug":
+        for chatty in ("uvicorn.error", "httpx", "filelock", "transformers"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,4 +1,8 @@
-"""Runs a server from its settings: the engine, the adapters, the HTTP edge, and an orderly end."""
+"""Runs a server from its settings: the engine, the HTTP edge, and an orderly end.
+
+Both processes import torch and transformers, which takes seconds; so the engine process is started first, and this one
+imports its own half meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,15 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
-import uvicorn
 
-from loraplex.memory.adapter_errors import AdapterFileError
-from loraplex.memory.adapter_files import find_adapters
-from loraplex.server.adapter_registry import AdapterRegistry
-from loraplex.server.app import create_app
-from loraplex.server.checkpoint import find_checkpoint
 from loraplex.server.engine_client import EngineClient
-from loraplex.server.engine_inline import InlineEngine
 from loraplex.server.engine_supervisor import ProcessEngine
-from loraplex.server.errors import AdapterInvalidError, LoraplexError
-from loraplex.server.http_server import DrainingServer
-from loraplex.server.lifecycle import Lifecycle
+from loraplex.server.errors import LoraplexError
+from loraplex.server.lazy import load
+from loraplex.server.progress import Progress
 from loraplex.server.settings import Settings, SettingsError
-from loraplex.server.tokens import load_tokenizer
-from loraplex.server.weights import Progress
 
 _log = structlog.get_logger(__name__)
 
@@ -39,29 +33,12 @@ class Serving:
     adapters: tuple[str, ...]
 
 
-def register_adapters(registry: AdapterRegistry, settings: Settings) -> None:
-    """Register what the settings name, without reading it; AdapterInvalidError for a folder that is not there."""
-    paths: dict[str, str] = {}
-    if settings.adapters is not None:
-        try:
-            found = find_adapters(settings.adapters)
-        except AdapterFileError as error:
-            raise AdapterInvalidError(f"adapters: {error.message}", param="adapters") from error
-        for warning in found.warnings:
-            _log.warning("an adapter folder is left out", reason=warning)
-        paths |= {name: str(path) for name, path in found.paths.items()}
-    for name, path in settings.named_adapters.items():
-        if not Path(path).is_dir():
-            raise AdapterInvalidError(f"adapter {name}={path}: no such folder", param="adapter")
-        paths[name] = str(Path(path).resolve())
-    registry.register_all([registry.new_ref(name, path) for name, path in paths.items()])
-
-
 def make_engine(settings: Settings, progress: Progress | None = None) -> EngineClient:
     """The engine that the settings ask for, not started."""
     config = settings.engine_config()
     if settings.engine == "inline":
-        return InlineEngine(config, progress)
+        engine: EngineClient = load("loraplex.server.engine_inline:InlineEngine")(config, progress)
+        return engine
     return ProcessEngine(config, progress, log_level=settings.log_level, log_format=settings.log_format)
 
 
@@ -71,7 +48,7 @@ async def serve(
     progress: Progress | None = None,
     on_ready: Callable[[Serving], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. The port answers from the start; ``/health`` is 200 once ready.
+    """Serve until SIGTERM or SIGINT, then drain. ``/livez`` answers early; ``/health`` is 200 once the engine is ready.
 
     Args:
         settings: what to serve, and how.
@@ -81,24 +58,20 @@ async def serve(
     Raises:
         LoraplexError: the settings, the model or an adapter folder cannot be served.
     """
-    folder = find_checkpoint(settings.model)
-    registry = AdapterRegistry(settings.model_name)
-    register_adapters(registry, settings)
-    tokenizer = await asyncio.to_thread(load_tokenizer, folder)
     engine = make_engine(settings, progress)
-    lifecycle = Lifecycle()
-    app = create_app(engine, registry, tokenizer, settings.http_config(), lifecycle=lifecycle)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=75)
-    server = DrainingServer(config, lifecycle, drain_seconds=settings.drain_seconds)
     with _listen(settings.host, settings.port) as listener:
         async with _started(engine) as start:
+            make_server = await asyncio.to_thread(load, "loraplex.server.http_stack:make_server")
+            server, adapters = await asyncio.to_thread(make_server, engine, settings)
             serving = asyncio.create_task(server.serve([listener]))
             await asyncio.wait((serving, start), return_when=asyncio.FIRST_COMPLETED)
             if start.done() and start.exception() is not None:
                 server.should_exit = True
-            elif start.done() and on_ready is not None:
-                url = f"http://{settings.host}:{listener.getsockname()[1]}"
-                on_ready(Serving(url, settings.model_name, tuple(ref.name for ref in registry.refs())))
+            elif start.done():
+                serving_now = Serving(_url(settings, listener), settings.model_name, adapters)
+                _log.info("serving", url=serving_now.url, model=settings.model_name, adapters=len(adapters))
+                if on_ready is not None:
+                    on_ready(serving_now)
             await serving
             if start.done():
                 start.result()
@@ -111,6 +84,11 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise SettingsError(f"cannot listen on {host}, port {port}: {error.strerror}", param="port") from error
+
+
+def _url(settings: Settings, listener: socket.socket) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{listener.getsockname()[1]}"
 
 
 @contextlib.asynccontextmanager

@@ -15,8 +15,9 @@ from loraplex.server.settings import PREFIX, Settings
 _HEAD = """# Settings
 
 Made by `make docs` from `server/settings.py`. Every setting of `loraplex serve` is a flag (`--pool-bytes 8GiB`), an
-environment variable (`LORAPLEX_POOL_BYTES=8GiB`) and a key of the file that `--config` names (`pool_bytes: 8GiB`, in YAML
-or TOML); flags win over the environment, the environment over the file. Unknown names and bad values stop the start.
+environment variable (`LORAPLEX_POOL_BYTES=8GiB`) and a key of the YAML or TOML file that `--config` names
+(`pool_bytes: 8GiB`); flags win over the environment, the environment over the file. Unknown names and bad values stop
+the start.
 
 | setting | accepts | default | what it does |
 | --- | --- | --- | --- |

@@ -43,6 +43,7 @@ class PageIn:
 class StepPlan:
     """One step: first the page-ins, then one forward pass over all chunks.
 
+    Without chunks there is nothing to do until a request comes, or an adapter that is waited for is no longer loading.
     ``failed`` are requests that ended while the step was planned; their clients are to be told.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from loraplex.kernels.dense_linear import DenseLinear
 from loraplex.server.checkpoint import CheckpointError
+from loraplex.server.progress import Progress
 from loraplex.server.traits import ModelTraits
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes read, bytes in all)."""
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
