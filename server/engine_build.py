@@ -74,7 +74,7 @@ def build_engine(
     Raises:
         LoraplexError: the model or the settings cannot be served; the message says why.
     """
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     folder = find_checkpoint(config.model)
     hf_config = read_config(folder)
     traits = read_traits(hf_config)

@@ -14,7 +14,7 @@ from loraplex.memory.adapter_errors import AdapterFileError
 from loraplex.memory.adapter_files import find_adapters
 from loraplex.server.adapter_registry import AdapterRegistry
 from loraplex.server.app import create_app
-from loraplex.server.checkpoint import find_checkpoint
+from loraplex.server.checkpoint import find_checkpoint, read_config
 from loraplex.server.engine_client import EngineClient
 from loraplex.server.errors import AdapterInvalidError
 from loraplex.server.http_server import DrainingServer
@@ -34,7 +34,9 @@ def make_server(engine: EngineClient, settings: Settings) -> tuple[DrainingServe
     """
     registry = AdapterRegistry(settings.model_name)
     register_adapters(registry, settings)
-    tokenizer = load_tokenizer(find_checkpoint(settings.model))
+    folder = find_checkpoint(settings.model)
+    read_config(folder)  # without one, the tokenizer's complaint would be about something else
+    tokenizer = load_tokenizer(folder)
     lifecycle = Lifecycle()
     app = create_app(engine, registry, tokenizer, settings.http_config(), lifecycle=lifecycle)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS)

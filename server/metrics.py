@@ -22,6 +22,7 @@ from loraplex.server.messages import EngineStats
 
 Labels = tuple[str, ...]
 KINDS: tuple[Labels, ...] = (("base",), ("adapter",))
+OUTCOMES = tuple((*kind, outcome) for kind in KINDS for outcome in ("finished", "failed", "aborted"))
 ERROR_TYPES: tuple[Labels, ...] = tuple(sorted({(error.type,) for error in ERRORS_BY_NAME.values()}))
 ENGINE_COUNTERS = {
     "adapter_hits": "Requests whose adapter was in the pool already.",
@@ -81,7 +82,7 @@ class ServerMetrics:
         kind = ("kind",)
         self._http = _Counts("loraplex_http_requests", "Answered HTTP requests.", ("endpoint", "status"))
         self._errors = _Counts("loraplex_errors", "Requests that ended with an error.", ("type",), ERROR_TYPES)
-        self._requests = _Counts("loraplex_requests", "Generation requests that ended.", ("kind", "outcome"))
+        self._requests = _Counts("loraplex_requests", "Generation requests that ended.", ("kind", "outcome"), OUTCOMES)
         self._finished = _Counts("loraplex_choices_finished", "Choices that were finished.", ("kind", "reason"))
         self._prompt = _Counts("loraplex_prompt_tokens", "Tokens of prompts.", kind, KINDS)
         self._generated = _Counts("loraplex_generation_tokens", "Tokens generated.", kind, KINDS)

@@ -62,16 +62,16 @@ class ModelRunner:
             return StepResult()
         batch = self._batches.make(chunks, self._resident)
         logits = self._decoder.forward(batch.step, self._arena)
-        return _read_logits(logits, batch)
+        return _read_logits(logits, batch, chunks)
 
 
-def _read_logits(logits: torch.Tensor, batch: Batch) -> StepResult:
+def _read_logits(logits: torch.Tensor, batch: Batch, chunks: list[Chunk]) -> StepResult:
     due = [(i, want) for i, want in enumerate(batch.logit_rows) if _is_sampled(want)]
     prompt = [(i, want) for i, want in enumerate(batch.logit_rows) if not _is_sampled(want)]
     result = StepResult(prompt_logprobs=_prompt_logprobs(logits, prompt))
-    for want in batch.logit_rows:
-        if want.chunk.wants_prompt_logprobs:
-            result.prompt_logprobs.setdefault(want.chunk.sequence.seq_id, [])
+    for chunk in chunks:  # a chunk of the last prompt token alone predicts none
+        if chunk.wants_prompt_logprobs:
+            result.prompt_logprobs.setdefault(chunk.sequence.seq_id, [])
     if due:
         rows = torch.tensor([i for i, _ in due], device=logits.device)
         sequences = [want.chunk.sequence for _, want in due]

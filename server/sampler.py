@@ -113,7 +113,9 @@ def _draw(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor
         [_uniform(s.seed, len(s.output_ids)) for s in sequences], dtype=torch.float64, device=logits.device
     )
     temperature = torch.tensor([p.temperature for p in params], device=logits.device)
-    probabilities = (logits / temperature[:, None]).softmax(-1)
+    temperature.clamp_(min=torch.finfo(torch.float32).tiny)  # a smaller one is 0 in float32
+    best = logits.max(-1, keepdim=True).values  # at a tiny temperature the others overflow, to -inf; the best must not
+    probabilities = ((logits - best) / temperature[:, None]).softmax(-1)
     chosen = torch.empty(len(params), dtype=torch.int64, device=logits.device)
     for filtered in (False, True):
         picked = [i for i, p in enumerate(params) if _filters(p) == filtered]

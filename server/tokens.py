@@ -98,8 +98,13 @@ class TextTokenizer:
 
 
 def load_tokenizer(model_path: str | Path) -> TextTokenizer:
-    """The tokenizer of a checkpoint folder or hub id."""
-    return TextTokenizer(AutoTokenizer.from_pretrained(str(model_path)))
+    """The tokenizer of a checkpoint folder or hub id; InvalidRequestError where there is none or a broken one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model_path))
+    except Exception as error:  # the tokenizers package knows no class for a broken file
+        reason = " ".join(str(error).split())
+        raise InvalidRequestError(f"the tokenizer in {model_path} cannot be read: {reason}", param="model") from error
+    return TextTokenizer(tokenizer)
 
 
 def _frozen_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

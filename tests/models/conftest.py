@@ -1,0 +1,307 @@
+"""Tiny checkpoints of every architecture as transformers saves them, adapters as PEFT saves them, and a way to drive
+an engine step by step."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from loraplex.memory.arena import page_shape
+from loraplex.server.checkpoint import read_config
+from loraplex.server.engine import Engine
+from loraplex.server.engine_build import build_engine
+from loraplex.server.engine_config import EngineConfig
+from loraplex.server.messages import (
+    AdapterRef,
+    CallDone,
+    CallFailed,
+    Command,
+    ErrorInfo,
+    Generate,
+    OutputBatch,
+    SamplingParams,
+    TokenLogprob,
+)
+from loraplex.server.traits import read_traits
+
+VOCAB = 300
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**TINY),
+    "llama-biased": lambda: LlamaConfig(**TINY, attention_bias=True, mlp_bias=True, head_dim=24),
+    "llama3": lambda: LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "llama-linear": lambda: LlamaConfig(**{**TINY, "num_key_value_heads": 4}, rope_parameters=LINEAR_ROPE),
+    "llama-yarn": lambda: LlamaConfig(**TINY, rope_parameters=YARN_ROPE),
+    "mistral": lambda: MistralConfig(**TINY, sliding_window=7, head_dim=16),
+    "mistral-full": lambda: MistralConfig(**{**TINY, "num_key_value_heads": 1}, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**TINY),
+    "qwen2-sliding": lambda: Qwen2Config(**TINY, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "qwen3": lambda: Qwen3Config(**TINY, head_dim=32),
+    "qwen3-yarn": lambda: Qwen3Config(**TINY, head_dim=32, attention_bias=True, rope_parameters=YARN_ROPE),
+}
+
+SavePeft = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that transformers saved, and the model that it saved."""
+
+    folder: Path
+    model: Any
+
+    def page_bytes(self, page_tokens: int = 16) -> int:
+        traits = read_traits(read_config(self.folder))
+        return page_shape(traits.num_layers, traits.kv_size, page_tokens, torch.float32).page_bytes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models this small are slower on two threads, and far slower on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """By name of ``CONFIGS``; made on first use."""
+    made: dict[str, Checkpoint] = {}
+
+    def get(name: str) -> Checkpoint:
+        if name not in made:
+            torch.manual_seed(len(name))
+            model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.data.normal_(0, 0.1)
+                else:
+                    parameter.data.add_(torch.randn_like(parameter) * 0.1)
+            folder = tmp_path_factory.mktemp("base") / name
+            model.save_pretrained(folder)
+            made[name] = Checkpoint(folder, model)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def llama(checkpoints: Callable[[str], Checkpoint]) -> Checkpoint:
+    return checkpoints("llama")
+
+
+@pytest.fixture(scope="session")
+def config_names() -> list[str]:
+    return list(CONFIGS)
+
+
+@pytest.fixture(scope="session")
+def save_peft() -> SavePeft:
+    """Saves an adapter with random weights as PEFT does. ``use(model)`` sees the PEFT model first."""
+
+    def save(checkpoint: Checkpoint, folder: Path, *, seed: int = 0, use: Any = None, **options: Any) -> Path:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+            model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.data.normal_(0, 0.15)
+            model.save_pretrained(folder, save_embedding_layers=False)
+            if use is not None:
+                use(model)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def hundred_adapters(
+    checkpoints: Callable[[str], Checkpoint], save_peft: SavePeft, tmp_path_factory: pytest.TempPathFactory
+) -> list[AdapterRef]:
+    """Adapters for "llama", of ranks 2 and 4 by turns: two that PEFT saved, the others with tensors of their own."""
+    root = tmp_path_factory.mktemp("hundred")
+    targets = ["q_proj", "v_proj", "down_proj"]
+    for rank in (2, 4):
+        save_peft(checkpoints("llama"), root / f"peft-{rank}", r=rank, target_modules=targets)
+    refs = []
+    for i in range(100):
+        source, folder = root / f"peft-{2 + 2 * (i % 2)}", root / f"adapter-{i}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
+        torch.manual_seed(1000 + i)
+        tensors = {k: torch.randn_like(v) * 0.2 for k, v in load_file(source / "adapter_model.safetensors").items()}
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        refs.append(AdapterRef(name=f"adapter-{i}", path=str(folder)))
+    return refs
+
+
+@dataclass
+class Choice:
+    """What one choice of a request has said so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: str | None = None
+    cached_tokens: int = 0
+
+
+class Driver:
+    """An engine driven step by step. Fails where anything ends twice or speaks after its end.
+
+    Attributes:
+        choices: by request id and index.
+        failed: errors of requests.
+        answers: of calls.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.choices: dict[tuple[str, int], Choice] = defaultdict(Choice)
+        self.failed: dict[str, ErrorInfo] = {}
+        self.answers: dict[str, CallDone | CallFailed] = {}
+        self.aborted: set[str] = set()
+
+    def generate(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        adapter: AdapterRef | None = None,
+        *,
+        n: int = 1,
+        max_tokens: int = 8,
+        temperature: float = 0.0,
+        ignore_eos: bool = True,
+        **params: Any,
+    ) -> None:
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=ignore_eos, **params)
+        command = Generate(request_id=request_id, prompt_ids=list(prompt), params=sampling, adapter=adapter, n=n)
+        self.engine.handle(command)
+
+    def handle(self, command: Command) -> None:
+        self.engine.handle(command)
+
+    def step(self) -> None:
+        for event in self.engine.step():
+            if isinstance(event, OutputBatch):
+                self._take_outputs(event)
+            elif isinstance(event, CallDone | CallFailed):
+                assert event.call_id not in self.answers, "a call was answered twice"
+                self.answers[event.call_id] = event
+
+    def _take_outputs(self, batch: OutputBatch) -> None:
+        for output in batch.outputs:
+            choice = self.choices[output.request_id, output.index]
+            assert output.request_id not in self.failed, "an output after a failure"
+            assert output.request_id not in self.aborted, "an output after an abort"
+            assert choice.finish_reason is None, "an output after the end"
+            choice.tokens += output.token_ids
+            choice.logprobs += output.logprobs or []
+            if output.prompt_logprobs is not None:
+                assert choice.prompt_logprobs is None
+                choice.prompt_logprobs = output.prompt_logprobs
+            choice.finish_reason = output.finish_reason
+            choice.cached_tokens += output.cached_tokens
+        for failure in batch.failed:
+            assert failure.request_id not in self.failed | dict.fromkeys(self.aborted), "a request ended twice"
+            self.failed[failure.request_id] = failure.error
+
+    def run(self, seconds: float = 60) -> None:
+        """Step until nothing is open."""
+        deadline = time.monotonic() + seconds
+        while self.engine.has_work:
+            self.step()
+            if not self.engine.is_runnable:
+                time.sleep(0.002)
+            assert time.monotonic() < deadline, "the engine does not come to an end"
+        self.step()
+
+    def step_until(self, is_so: Callable[[], bool], seconds: float = 30) -> None:
+        """Step until a condition holds."""
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            self.step()
+            time.sleep(0 if self.engine.is_runnable else 0.002)
+            assert time.monotonic() < deadline, "what is waited for does not come"
+
+    def tokens(self, request_id: str, index: int = 0) -> list[int]:
+        choice = self.choices[request_id, index]
+        assert choice.finish_reason is not None
+        return choice.tokens
+
+    def check_idle(self) -> None:
+        """Nothing is open, and every page is free or an idle adapter's."""
+        assert not self.engine.has_work
+        self.engine.check_integrity()
+        stats = self.engine.stats()
+        assert (stats.running, stats.waiting, stats.pages_kv) == (0, 0, 0)
+        assert stats.pages_free + stats.pages_adapter == stats.pages_total
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., Driver]]:
+    """Builds engines with poisoned pages, to be driven by hand; closed, and checked for leaks, at the end."""
+    engines: list[Engine] = []
+
+    def make(checkpoint: Checkpoint, pages: int = 64, **settings: Any) -> Driver:
+        page_tokens = settings.get("page_tokens", 16)
+        config = EngineConfig(
+            model=str(checkpoint.folder),
+            **{
+                "dtype": "float32",
+                "device": "cpu",
+                "pool_bytes": pages * checkpoint.page_bytes(page_tokens),
+                "poison_freed_pages": True,
+                "threads": 1,
+                **settings,
+            },
+        )
+        engines.append(build_engine(config))
+        return Driver(engines[-1])
+
+    yield make
+    for engine in engines:
+        engine.check_integrity()
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def edit_tensors() -> Callable[[Path, Callable[[dict[str, torch.Tensor]], object]], None]:
+    """Rewrites a folder's ``model.safetensors`` after a change."""
+
+    def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return edit
