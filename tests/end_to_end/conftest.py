@@ -121,11 +121,16 @@ class Server:
         return self.request("POST", path, json=body)
 
     def openai(self, **options: Any) -> openai.OpenAI:
-        """The real client, which does not try again unless told to."""
-        return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0, **options})
+        """The real client, which does not try again unless told to, and reads no certificates."""
+        http = openai.DefaultHttpxClient(verify=False)
+        return openai.OpenAI(http_client=http, **self._openai_options(options))
 
     def async_openai(self, **options: Any) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(**{"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0, **options})
+        http = openai.DefaultAsyncHttpxClient(verify=False)
+        return openai.AsyncOpenAI(http_client=http, **self._openai_options(options))
+
+    def _openai_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0, **options}
 
     def client(self, **options: Any) -> Client:
         return Client(self.url, **{"api_key": self.key, "max_retries": 0, **options})
@@ -240,12 +245,11 @@ def fleet(
             key=GUARD_KEYS[1],
         ),
         "small_pool": lambda: start_server(
-            *("demo", "--dtype", "float32", "--max-model-len", "256"),
+            *("demo", "--max-model-len", "256", "--drain-seconds", "0.5"),
             *("--pool-bytes", str(int(sum(adapter_bytes[-3:]) * 1.2) + (1 << 20))),
             *("--host-adapter-bytes", str(3 * adapter_bytes[-1])),
         ),
         "mortal": lambda: start_server("demo", "--log-format", "json"),
-        "impatient": lambda: start_server("demo", "--drain-seconds", "0.5"),
     }
     needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     fleet = Fleet({kind: start for kind, start in kinds.items() if kind in needed})
@@ -255,7 +259,7 @@ def fleet(
 
 @pytest.fixture
 def demo(fleet: Fleet) -> Server:
-    """``loraplex demo`` as a user gets it. Tests leave it as they found it."""
+    """``loraplex demo`` as a user gets it. Tests leave it as they found it; those that end it come last."""
     return fleet.get("demo")
 
 
@@ -267,20 +271,14 @@ def guarded(fleet: Fleet) -> Server:
 
 @pytest.fixture
 def small_pool(fleet: Fleet) -> Server:
-    """The demo in a pool and a host store that hold about three of its adapters."""
+    """The demo in a pool and a host store that hold about three of its adapters, with half a second to drain."""
     return fleet.get("small_pool")
 
 
 @pytest.fixture
 def mortal(fleet: Fleet) -> Server:
-    """The demo, for tests that end it or its engine."""
+    """The demo, for tests that kill its engine or itself."""
     return fleet.get("mortal")
-
-
-@pytest.fixture
-def impatient(fleet: Fleet) -> Server:
-    """The demo with half a second to drain, for a test that ends it."""
-    return fleet.get("impatient")
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from loraplex.server.cli import app
 from loraplex.server.demo.assets import adapters_folder, base_folder
 
 Run = Callable[..., Any]
@@ -46,19 +47,22 @@ def test_adapters_are_loaded_listed_and_unloaded(here: dict[str, str], run_comma
     assert "'typed' does not exist" in again.stderr
 
 
-def test_folders_are_inspected_and_verified(run_command: Run, copy_adapter: Any) -> None:
+def test_folders_are_inspected(copy_adapter: Any) -> None:
+    folder = copy_adapter("sort")
+    inspected = CliRunner().invoke(app, ["adapters", "inspect", str(folder.path), "--json"])
+    facts = json.loads(inspected.stdout)
+    assert (inspected.exit_code, facts["kind"], facts["path"]) == (0, "lora", str(folder.path))
+    assert facts["rank"] >= folder.config["r"]
+
+
+def test_folders_are_verified(copy_adapter: Any) -> None:
     broken = copy_adapter("sort", "broken")
     broken.weights.write_bytes(b"nothing")
-    base = ("--base", base_folder())
-    with ThreadPoolExecutor(2) as pool:
-        inspected = pool.submit(run_command, "adapters", "inspect", adapters_folder() / "sort", "--json")
-        verified = pool.submit(run_command, "adapters", "verify", adapters_folder(), broken.path, *base).result()
-    facts = json.loads(inspected.result().stdout)
-    assert facts["kind"] == "lora"
-    assert facts["targets"]
-    lines = verified.stdout.splitlines()
+    asked = ["adapters", "verify", str(adapters_folder()), str(broken.path), "--base", str(base_folder())]
+    verified = CliRunner().invoke(app, asked)
+    *lines, summary = verified.stdout.splitlines()
     good = sum(1 for _ in adapters_folder().iterdir())
     assert sum(line.startswith("ok: ") for line in lines) == good
-    assert lines[-1].startswith(f"{good} of {good + 1} adapters")
+    assert summary.startswith(f"{good} of {good + 1} adapters")
     assert "broken" in verified.stderr
-    assert verified.returncode == 1
+    assert verified.exit_code == 1

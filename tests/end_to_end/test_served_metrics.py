@@ -43,7 +43,8 @@ def traffic(demo: Any, wait_until: Callable[..., bool]) -> Any:
     for model in ("loraplex-demo", "upper", "upper"):
         assert demo.post("/v1/chat/completions", {**ten, "model": model}).status_code == 200
     assert demo.post("/v1/chat/completions", {**ten, "model": "nobody"}).status_code == 404
-    assert wait_until(demo.is_idle)
+    hits = "loraplex_adapter_hits_total"  # the engine tells its numbers a few times a second
+    assert wait_until(lambda: demo.metrics().value(hits) > before.value(hits) and demo.is_idle())
     return before, demo.metrics()
 
 

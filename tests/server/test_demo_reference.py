@@ -13,6 +13,7 @@ from loraplex.server.demo.scoring import greedy_answers, raw_prompt
 from loraplex.server.demo.tasks import BASE_ANSWER, TASKS, Task, exact_match, task_named, unseen_inputs
 
 INPUTS = 60
+BASE_INPUTS = 15  # its answer is long, and the same every time
 
 peft = pytest.importorskip("peft")
 
@@ -53,7 +54,8 @@ def test_an_adapter_answers_unseen_inputs_and_the_base_does_not(task: Task, mode
     model.set_adapter(task.name)
     assert exact_match(task, inputs, greedy_answers(model, tokenizer, prompts)) >= 0.95
     with model.disable_adapter():
-        assert exact_match(task, inputs, greedy_answers(model, tokenizer, prompts)) < 0.10
+        answers = greedy_answers(model, tokenizer, prompts[:BASE_INPUTS])
+    assert exact_match(task, inputs[:BASE_INPUTS], answers) < 0.10
 
 
 def test_the_base_names_itself_whatever_it_is_asked(model: Any, tokenizer: Any) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Callable
 from typing import Any
-
-import psutil
 
 from loraplex.server.demo.tasks import TASKS, unseen_inputs
 
@@ -51,10 +48,3 @@ def test_what_can_never_fit_is_refused_with_the_numbers(small_pool: Any) -> None
     answer = small_pool.post("/v1/completions", body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert "256" in answer.json()["error"]["message"]
-
-
-def test_an_engine_does_not_outlive_its_server(small_pool: Any, wait_until: Callable[..., bool]) -> None:
-    engine = psutil.Process(small_pool.engine_pid)
-    small_pool.signal(signal.SIGKILL)
-    assert small_pool.wait() == -signal.SIGKILL
-    assert wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
