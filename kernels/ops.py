@@ -1,7 +1,8 @@
 """The operators that a step is made of, as ``torch.library`` custom ops with fake implementations.
 
-Each has a reference here on plain tensors, which is also the CPU backend. Kernels for other devices register under the
-same names. All gathers go through int64 index tensors made on the host (``lora_plan.py``, ``attention_plan.py``).
+Each has an implementation here on plain tensors, which is the CPU backend and runs on any device. Kernels for a device
+register under the same names and take precedence there. All gathers go through int64 index tensors made on the host
+(``lora_plan.py``, ``attention_plan.py``).
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ def prefill_attention(
     return torch.ops.loraplex.prefill_attention(q, half_pages, k_pages, v_pages, num_keys, mask)
 
 
-@torch.library.impl(_library, "shrink", "CPU")
-def _shrink_cpu(x: torch.Tensor, chunks: torch.Tensor, a_ids: torch.Tensor, x_ids: torch.Tensor) -> torch.Tensor:
+@torch.library.impl(_library, "shrink", "CompositeExplicitAutograd")
+def _shrink_reference(x: torch.Tensor, chunks: torch.Tensor, a_ids: torch.Tensor, x_ids: torch.Tensor) -> torch.Tensor:
     if x.dtype != torch.float32:
         products = chunks.index_select(0, a_ids.view(-1)).float() * x.float().index_select(0, x_ids.view(-1))
         return products.view(a_ids.shape[0], -1).sum(-1)
@@ -129,8 +130,8 @@ def _shrink_cpu(x: torch.Tensor, chunks: torch.Tensor, a_ids: torch.Tensor, x_id
     return dots.view(a_ids.shape).sum(-1)
 
 
-@torch.library.impl(_library, "expand", "CPU")
-def _expand_cpu(
+@torch.library.impl(_library, "expand", "CompositeExplicitAutograd")
+def _expand_reference(
     low_rank: torch.Tensor,
     chunks: torch.Tensor,
     b_ids: torch.Tensor,
@@ -141,16 +142,16 @@ def _expand_cpu(
     return F.embedding_bag(b_ids, chunks, bag_starts, mode="sum", per_sample_weights=weights)
 
 
-@torch.library.impl(_library, "write_kv", "CPU")
-def _write_kv_cpu(
+@torch.library.impl(_library, "write_kv", "CompositeExplicitAutograd")
+def _write_kv_reference(
     slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_slots: torch.Tensor, v_slots: torch.Tensor
 ) -> None:
     slots.index_copy_(0, k_slots, k)
     slots.index_copy_(0, v_slots, v)
 
 
-@torch.library.impl(_library, "decode_attention", "CPU")
-def _decode_attention_cpu(
+@torch.library.impl(_library, "decode_attention", "CompositeExplicitAutograd")
+def _decode_attention_reference(
     q: torch.Tensor,
     half_pages: torch.Tensor,
     k_pages: torch.Tensor,
@@ -167,8 +168,8 @@ def _decode_attention_cpu(
     return F.scaled_dot_product_attention(q, gathered[0], gathered[1], attn_mask=mask)
 
 
-@torch.library.impl(_library, "prefill_attention", "CPU")
-def _prefill_attention_cpu(
+@torch.library.impl(_library, "prefill_attention", "CompositeExplicitAutograd")
+def _prefill_attention_reference(
     q: torch.Tensor,
     half_pages: torch.Tensor,
     k_pages: torch.Tensor,

@@ -138,10 +138,17 @@ class Engine:
         except Exception as error:
             _log.exception("a step failed; its requests end with an error")
             self._failed += scheduler.fail_all(EngineError(f"The engine failed in a step: {type(error).__name__}."))
+            self._distrust_pool()
             return []
         self._steps += 1
         self._step_seconds.append(time.perf_counter() - started)
         return outputs
+
+    def _distrust_pool(self) -> None:
+        """After a step that failed half-way any adapter in the pool may be half copied: they are paged in afresh."""
+        for identity in self._parts.adapters.resident:
+            self._parts.adapters.drop(identity)
+        self._parts.runner.keep_only(())
 
     def _execute(self, plan: StepPlan) -> StepResult:
         if plan.page_ins:

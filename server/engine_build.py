@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from loraplex.kernels.attention_plan import AttentionPlanner
 from loraplex.kernels.dense_linear import has_fast_bfloat16
+from loraplex.kernels.devices import has_kernels_for
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.adapter_store import AdapterStore
 from loraplex.memory.arena import PageShape, allocate_arena, page_shape, poison
@@ -42,9 +43,9 @@ class EngineStartError(InvalidRequestError):
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is cuda where there is one."""
+    """``auto`` is cuda where there is one and kernels for it."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and has_kernels_for("cuda") else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise EngineStartError("device is 'cuda', but no CUDA device is available; use 'cpu' or 'auto'", param="device")
     return torch.device(name)

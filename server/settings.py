@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     )
 
     dtype: DtypeName = Field("auto", description="auto: the checkpoint's, or float32 on a CPU without fast bfloat16.")
-    device: DeviceName = Field("auto", description="auto: cuda where there is one.")
+    device: DeviceName = Field("auto", description="auto: cuda where there is one and this version has kernels for it.")
     threads: int | None = Field(None, ge=1, description="CPU threads for the model; all cores if absent.")
     max_model_len: int | None = Field(None, ge=1, description="Longest context in tokens; the model's own if absent.")
 
