@@ -104,7 +104,8 @@ class Engine:
                 self._parts.directory.forget(adapter)
                 self._events.append(CallDone(call_id=call_id))
             case ListAdapters(call_id=call_id):
-                self._events.append(CallDone(call_id=call_id, adapters=self._parts.directory.infos()))
+                adapters = self._parts.directory.infos(self._parts.scheduler.running_by_adapter)
+                self._events.append(CallDone(call_id=call_id, adapters=adapters))
             case _:
                 raise AssertionError(f"no command for the engine: {command}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import msgspec
 
@@ -101,9 +102,13 @@ class HostDirectory:
         known = self._known.get(_key(ref))
         return None if known is None else msgspec.structs.replace(known, tier=self._tier(known))
 
-    def infos(self) -> list[AdapterInfo]:
-        """All that has been read and not forgotten."""
-        return [msgspec.structs.replace(info, tier=self._tier(info)) for info in self._known.values()]
+    def infos(self, running: Mapping[AdapterRef, int]) -> list[AdapterInfo]:
+        """All that has been read and not forgotten; ``running`` counts sequences by registration."""
+        counts = {_key(ref): count for ref, count in running.items()}
+        return [
+            msgspec.structs.replace(info, tier=self._tier(info), running=counts.get(key, 0))
+            for key, info in self._known.items()
+        ]
 
     def _note(self, ref: AdapterRef, ready: Ready) -> None:
         image = ready.image

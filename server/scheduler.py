@@ -114,9 +114,11 @@ class Scheduler:
         """Adapters that are loading while sequences wait for them."""
         return self._admission.loading
 
-    def running_with(self, ref: AdapterRef) -> int:
-        """Running sequences under this registration of an adapter."""
-        return sum(sequence.request.adapter == ref for sequence in self._running)
+    @property
+    def running_by_adapter(self) -> Counter[AdapterRef]:
+        """Running sequences under each registration of an adapter."""
+        refs = (sequence.request.adapter for sequence in self._running)
+        return Counter(ref for ref in refs if ref is not None)
 
     def add(self, generate: Generate) -> None:
         """Queue a request.

@@ -43,6 +43,23 @@ def test_calls_load_list_and_unload(llama: Any, make_engine: Any, hundred_adapte
     driver.check_idle()
 
 
+def test_a_list_counts_the_sequences_that_run_under_each_adapter(
+    llama: Any, make_engine: Any, hundred_adapters: Adapters
+) -> None:
+    driver, busy, idle = make_engine(llama), hundred_adapters[1], hundred_adapters[2]
+    driver.generate("before", PROMPT, idle)
+    driver.run()
+    driver.generate("now", PROMPT, busy, n=3, max_tokens=50)
+    while driver.engine.stats().running < 3:
+        driver.step()
+    driver.handle(ListAdapters(call_id="list"))
+    driver.step()
+    running = {info.name: info.running for info in driver.answers["list"].adapters}
+    assert running == {busy.name: 3, idle.name: 0}
+    driver.run()
+    driver.check_idle()
+
+
 def test_a_load_that_fails_is_answered_and_forgotten(llama: Any, make_engine: Any, tmp_path: Path) -> None:
     driver = make_engine(llama)
     driver.handle(LoadAdapter(call_id="load", adapter=AdapterRef(name="x", path=str(tmp_path / "nowhere"))))
