@@ -22,20 +22,20 @@ class DenseLinear:
         pack: False keeps the weight as it is.
     """
 
-    __slots__ = ("_bias", "_packed", "_weight", "in_features", "out_features")
+    __slots__ = ("_packed", "_weight", "bias", "in_features", "out_features")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, pack: bool = True) -> None:
         self.out_features, self.in_features = weight.shape
-        self._bias = bias
+        self.bias = bias
         self._packed = pack and can_pack(weight)
         self._weight = _pack(weight) if self._packed else weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] to [rows, out_features]."""
         if self._packed:
-            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
             return y
-        return F.linear(x, self._weight, self._bias)
+        return F.linear(x, self._weight, self.bias)
 
 
 def can_pack(weight: torch.Tensor) -> bool:

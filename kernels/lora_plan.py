@@ -1,6 +1,6 @@
 """How the low-rank work of one step is grouped, for each group of sites.
 
-A step's rows are sorted so that rows of one adapter stand together: first the base-only rows, then the segments. A
+A step's rows are sorted so that rows of one adapter stand together: first the rows without one, then the segments. A
 short segment (decoding: one row or two per adapter) would waste a matrix product on each adapter, so all short segments
 go through one shrink and one expand that gather the rows they need, whatever their ranks. A long segment (a prefill
 chunk) is two matrix products over the adapter's matrices.
@@ -8,16 +8,22 @@ chunk) is two matrix products over the adapter's matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from loraplex.kernels.lora_rows import CHUNK, GroupRows, Int64Array, ResidentAdapter, SiteGroup
+from loraplex.kernels.lora_rows import Int64Array, ResidentAdapter, SiteGroup
+from loraplex.kernels.lora_work import EmbeddingRows, GroupPlan
+from loraplex.kernels.unit_table import Entries, UnitTable
 
 SHORT_SEGMENT_ROWS = 2
 """Segments of at most this many rows are gathered together."""
+
+Unit = tuple[ResidentAdapter, int | None]
+"""An adapter's own pairs (None), or those of one of its experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,172 +39,98 @@ class Segment:
         return self.stop - self.start <= SHORT_SEGMENT_ROWS
 
 
-@dataclass(frozen=True, slots=True)
-class ExpandRows:
-    """The second half of gathered work: which rows of B, weighed by what, each output chunk sums.
+@dataclass(eq=False, slots=True)
+class UnitSet:
+    """Units that stay the same for several steps, and their rows at each group."""
 
-    Attributes:
-        start, stop: rows of the step that this covers.
-        scales: [n] float32, one per row of the low-rank intermediate.
-        b_ids: [m] int64 chunk ids of B.
-        b_rows: [m] int64 row of the intermediate that weighs each.
-        bag_starts: [(stop - start) * out_chunks] int64, where each output chunk's share of ``b_ids`` begins.
-    """
+    units: tuple[Unit, ...]
+    device: torch.device
+    _tables: dict[tuple[object, ...], UnitTable] = field(default_factory=dict)
 
-    start: int
-    stop: int
-    scales: torch.Tensor
-    b_ids: torch.Tensor
-    b_rows: torch.Tensor
-    bag_starts: torch.Tensor
+    def classes(self, layer: int) -> tuple[int, ...]:
+        """Equal for layers in which every unit is laid out alike."""
+        return tuple(adapter.layout.layout_of_layer[layer] for adapter, _ in self.units)
 
+    def layer_table(self, layer: int, group: SiteGroup) -> UnitTable:
+        """The units' rows at a group of a layer."""
+        key = (group.sites, self.classes(layer))
+        if key not in self._tables:
+            rows = [adapter.layer_rows(layer, group, expert) for adapter, expert in self.units]
+            self._tables[key] = UnitTable(group, rows, self.device)
+        return self._tables[key]
 
-@dataclass(frozen=True, slots=True)
-class GatheredRows:
-    """The work of all short segments at a group of sites.
-
-    Attributes:
-        a_ids: [n, in_chunks] int64 chunk ids of A, one line per row of the low-rank intermediate.
-        x_ids: [n, in_chunks] int64, for each of them the chunk of the input to multiply with.
-    """
-
-    a_ids: torch.Tensor
-    x_ids: torch.Tensor
-    output: ExpandRows
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingRows:
-    """The work of all segments at the embedding: ``element_ids [n]`` int64 are A's elements at the rows' tokens."""
-
-    group: SiteGroup
-    element_ids: torch.Tensor
-    output: ExpandRows
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentRows:
-    """One long segment at a group of sites; ids are tensors only where the adapter's pages do not lie in one run."""
-
-    start: int
-    stop: int
-    rows: GroupRows
-    a_ids: torch.Tensor | None
-    b_ids: tuple[torch.Tensor, ...] | None
-
-
-@dataclass(frozen=True, slots=True)
-class GroupPlan:
-    """All low-rank work of a step at a group of sites."""
-
-    group: SiteGroup
-    gathered: GatheredRows | None
-    segments: tuple[SegmentRows, ...]
+    def model_table(self, group: SiteGroup) -> UnitTable:
+        """The units' rows at a group of model sites; experts have none there."""
+        key = (group.sites,)
+        if key not in self._tables:
+            rows = [adapter.model_rows(group) if expert is None else None for adapter, expert in self.units]
+            self._tables[key] = UnitTable(group, rows, self.device)
+        return self._tables[key]
 
 
 @dataclass(eq=False, slots=True)
-class AdapterBatch:
-    """The adapters of one step. Plans are made on first use and shared by all layers that look alike.
+class EntryBatch:
+    """Entries of one step that are known before it runs. Plans are shared by all layers that look alike.
 
     Args:
-        segments: the rows that have an adapter, in row order, short segments first and standing together.
-        device: where the index tensors go.
+        units: that the entries name.
+        entries: of the step.
     """
 
-    segments: Sequence[Segment]
-    device: torch.device
+    units: UnitSet
+    entries: Entries
     _plans: dict[tuple[object, ...], GroupPlan | None] = field(default_factory=dict)
 
     def layer_plan(self, layer: int, group: SiteGroup) -> GroupPlan | None:
-        """The work at a group of a layer; None where no adapter of the batch has any."""
-        classes = tuple(segment.adapter.layout.layout_of_layer[layer] for segment in self.segments)
-        return self._plan((group.sites, classes), group, lambda adapter: adapter.layer_rows(layer, group))
+        """The work at a group of a layer; None where there is none."""
+        key = (group.sites, self.units.classes(layer))
+        if key not in self._plans:
+            self._plans[key] = self.units.layer_table(layer, group).plan(self.entries)
+        return self._plans[key]
 
     def model_plan(self, group: SiteGroup) -> GroupPlan | None:
         """The work at a group of model sites."""
-        return self._plan((group.sites,), group, lambda adapter: adapter.model_rows(group))
+        key = (group.sites,)
+        if key not in self._plans:
+            self._plans[key] = self.units.model_table(group).plan(self.entries)
+        return self._plans[key]
 
     def embedding_plan(self, group: SiteGroup, tokens: Int64Array) -> EmbeddingRows | None:
         """The work at the embedding, for the token of each row of the step."""
-        found = [(segment, segment.adapter.model_rows(group)) for segment in self.segments]
-        columns = [
-            rows.a_ids[:, tokens[segment.start : segment.stop] // CHUNK].T.ravel() * CHUNK
-            + np.repeat(tokens[segment.start : segment.stop] % CHUNK, rows.num_rows)
-            for segment, rows in found
-            if rows is not None
-        ]
-        if not columns:
-            return None
-        return EmbeddingRows(
-            group, _to(np.concatenate(columns), self.device), _gather_output(group, found, self.device)
-        )
-
-    def _plan(
-        self, key: tuple[object, ...], group: SiteGroup, rows_of: Callable[[ResidentAdapter], GroupRows | None]
-    ) -> GroupPlan | None:
-        if key not in self._plans:
-            self._plans[key] = self._make_plan(group, rows_of)
-        return self._plans[key]
-
-    def _make_plan(self, group: SiteGroup, rows_of: Callable[[ResidentAdapter], GroupRows | None]) -> GroupPlan | None:
-        found = [(segment, rows_of(segment.adapter)) for segment in self.segments]
-        short = [(segment, rows) for segment, rows in found if segment.is_short]
-        long = [(segment, rows) for segment, rows in found if rows is not None and not segment.is_short]
-        gathered = _gather(group, short, self.device) if any(rows is not None for _, rows in short) else None
-        if gathered is None and not long:
-            return None
-        return GroupPlan(group, gathered, tuple(_segment_rows(s, rows, self.device) for s, rows in long))
+        return self.units.model_table(group).embedding(self.entries, tokens)
 
 
-Found = Sequence[tuple[Segment, GroupRows | None]]
-"""Neighbouring segments, each with what its adapter has at the group in hand."""
+class AdapterBatch(EntryBatch):
+    """The rows of one step that each have one adapter of weight 1.
+
+    Args:
+        segments: in row order, short segments first, standing together.
+        device: where the index tensors go.
+    """
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        units = UnitSet(tuple((segment.adapter, None) for segment in segments), device)
+        super().__init__(units, _entries_of(segments))
 
 
-def _gather(group: SiteGroup, found: Found, device: torch.device) -> GatheredRows:
-    first = found[0][0].start
-    in_chunk = np.arange(group.in_chunks, dtype=np.int64)
-    a_ids: list[Int64Array] = []
-    x_ids: list[Int64Array] = []
-    for segment, rows in found:
-        if rows is None:
-            continue
-        for row in range(segment.start - first, segment.stop - first):
-            a_ids.append(rows.a_ids)
-            x_ids.append(np.broadcast_to(row * group.in_chunks + in_chunk, rows.a_ids.shape))
-    output = _gather_output(group, found, device)
-    return GatheredRows(_to(np.concatenate(a_ids), device), _to(np.concatenate(x_ids), device), output)
+def _entries_of(segments: Sequence[Segment]) -> Entries:
+    lengths = np.array([segment.stop - segment.start for segment in segments], dtype=np.int64)
+    starts = np.array([segment.start for segment in segments], dtype=np.int64)
+    first = segments[0].start
+    offsets = np.cumsum(lengths) - lengths
+    rows = None
+    if not np.array_equal(starts, first + offsets):
+        rows = np.repeat(starts - offsets, lengths) + np.arange(lengths.sum())
+    num_short = sum(segment.stop - segment.start for segment in segments if segment.is_short)
+    return Entries(np.repeat(np.arange(len(segments)), lengths), num_short, rows, rows, first)
 
 
-def _gather_output(group: SiteGroup, found: Found, device: torch.device) -> ExpandRows:
-    no_bags = np.zeros(sum(group.out_chunks), dtype=np.int64)
-    scales, b_ids, b_rows, bag_sizes = [], [], [], []
-    made = 0
-    for segment, rows in found:
-        count = segment.stop - segment.start
-        bag_sizes += [no_bags if rows is None else rows.bag_sizes] * count
-        if rows is None:
-            continue
-        scales += [rows.scales] * count
-        b_ids += [rows.expand_ids] * count
-        b_rows += [rows.expand_rows + made + i * rows.num_rows for i in range(count)]
-        made += count * rows.num_rows
-    sizes = np.concatenate(bag_sizes)
-    return ExpandRows(
-        found[0][0].start,
-        found[-1][0].stop,
-        torch.from_numpy(np.concatenate(scales)).to(device),
-        _to(np.concatenate(b_ids), device),
-        _to(np.concatenate(b_rows), device),
-        _to(np.cumsum(sizes) - sizes, device),
-    )
-
-
-def _segment_rows(segment: Segment, rows: GroupRows, device: torch.device) -> SegmentRows:
-    if rows.contiguous:
-        return SegmentRows(segment.start, segment.stop, rows, None, None)
-    b_ids = tuple(_to(part.b_ids.ravel(), device) for part in rows.parts)
-    return SegmentRows(segment.start, segment.stop, rows, _to(rows.a_ids.ravel(), device), b_ids)
-
-
-def _to(array: Int64Array, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+def sort_entries(
+    units: Int64Array, rows: Int64Array, weights: npt.NDArray[np.float32], num_units: int
+) -> tuple[Entries, Int64Array]:
+    """Entries in any order, as ``Entries`` that read and add to ``rows``, and the order that they came to stand in."""
+    counts = np.bincount(units, minlength=num_units)
+    is_long = counts[units] > SHORT_SEGMENT_ROWS
+    order = np.argsort(units + is_long * num_units, kind="stable")
+    rows = rows[order]
+    return Entries(units[order], int(len(units) - is_long.sum()), rows, rows, 0, weights[order]), order

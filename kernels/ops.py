@@ -13,6 +13,9 @@ import torch.nn.functional as F
 _library = torch.library.Library("loraplex", "DEF")
 _library.define("shrink(Tensor x, Tensor chunks, Tensor a_ids, Tensor x_ids) -> Tensor")
 _library.define("expand(Tensor low_rank, Tensor chunks, Tensor b_ids, Tensor b_rows, Tensor bag_starts) -> Tensor")
+_library.define(
+    "route(Tensor logits, Tensor limits, Tensor renormalize, Tensor top_p, Tensor temperature) -> (Tensor, Tensor)"
+)
 _library.define("write_kv(Tensor(a!) slots, Tensor k, Tensor v, Tensor k_slots, Tensor v_slots) -> ()")
 _library.define(
     "decode_attention(Tensor q, Tensor half_pages, Tensor k_pages, Tensor v_pages, Tensor unused, Tensor mask)"
@@ -57,6 +60,30 @@ def expand(
         [num_bags, 128] in the dtype of ``chunks``.
     """
     return torch.ops.loraplex.expand(low_rank, chunks, b_ids, b_rows, bag_starts)
+
+
+def route(
+    logits: torch.Tensor,
+    limits: torch.Tensor,
+    renormalize: torch.Tensor,
+    top_p: torch.Tensor,
+    temperature: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose each row's experts: ``p = softmax(logits) / temperature``, from the largest p on, the lowest index first
+    among equals, at most ``limits`` of them and none once the p before it sum to more than ``top_p``; where
+    ``renormalize``, the weights are divided by the sum of those chosen.
+
+    Args:
+        logits: [rows, E] float32, -inf for experts that a row does not have.
+        limits: [rows] int64.
+        renormalize: [rows] bool.
+        top_p: [rows] float32, infinite for no bound.
+        temperature: [rows] float32, 1 for none.
+
+    Returns:
+        Experts [rows, E] int64, best first, and their weights [rows, E] float32, 0 for those not chosen.
+    """
+    return torch.ops.loraplex.route(logits, limits, renormalize, top_p, temperature)
 
 
 def write_kv(
@@ -142,6 +169,24 @@ def _expand_reference(
     return F.embedding_bag(b_ids, chunks, bag_starts, mode="sum", per_sample_weights=weights)
 
 
+@torch.library.impl(_library, "route", "CompositeExplicitAutograd")
+def _route_reference(
+    logits: torch.Tensor,
+    limits: torch.Tensor,
+    renormalize: torch.Tensor,
+    top_p: torch.Tensor,
+    temperature: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    p = logits.softmax(-1) / temperature[:, None]
+    p, experts = p.sort(dim=-1, descending=True, stable=True)
+    place = torch.arange(p.shape[1], device=p.device)
+    before = F.pad(p.cumsum(-1)[:, :-1], (1, 0))
+    chosen = (place < limits[:, None]) & ((place == 0) | (before <= top_p[:, None]))
+    weights = torch.where(chosen, p, 0.0)
+    total = torch.where(renormalize, weights.sum(-1), 1.0)
+    return experts, weights / total[:, None]
+
+
 @torch.library.impl(_library, "write_kv", "CompositeExplicitAutograd")
 def _write_kv_reference(
     slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_slots: torch.Tensor, v_slots: torch.Tensor
@@ -199,6 +244,11 @@ def _expand_fake(
     bag_starts: torch.Tensor,
 ) -> torch.Tensor:
     return chunks.new_empty((bag_starts.shape[0], chunks.shape[1]))
+
+
+@torch.library.register_fake("loraplex::route")
+def _route_fake(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(logits, dtype=torch.int64), torch.empty_like(logits)
 
 
 @torch.library.register_fake("loraplex::write_kv")

@@ -3,19 +3,33 @@
 A page id names the same page in every layer, so an image is ``[num_layers, num_pages, page_elems]`` and an adapter has
 one page list. Within a layer, the rank rows of every adapted site follow one another, by groups of sites that read the
 same input: first each site's A as ``[rank, in]`` (so that a group's A is one matrix), then each site's B transposed as
-``[rank, out]``. Every row starts on a chunk boundary (128 elements), so a chunk never straddles pages. Rows of sites
-that belong to no layer are dealt out over the layers in turn, behind the layers' own rows.
+``[rank, out]``. DoRA's gains are one more row behind them; a mixture's experts follow one after another, each laid out
+likewise, and last its routers' rows. Every row starts on a chunk boundary (128 elements), so a chunk never straddles
+pages. Rows of sites that belong to no layer are dealt out over the layers in turn, behind the layers' own rows.
+
+A gain g is folded in: ``g * (W x + s B A x) = W x + (g - 1) * (W x) + s (g * B) A x``, so what lies here is ``g - 1``
+and ``g * B``. That makes DoRA a low-rank update with a term more, which adds up with others; and near g = 1, where most
+gains are, half precision keeps it best. Routers stay float32 whatever the model's dtype is: a route is a matter of
+small differences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 
-from loraplex.memory.adapter_spec import LAYER_GROUPS, MODEL_GROUPS, AdapterSpec, LowRankPair
+from loraplex.memory.adapter_spec import (
+    LAYER_GROUPS,
+    MODEL_GROUPS,
+    AdapterSpec,
+    LowRankPair,
+    Router,
+    Routing,
+    TokenRoutes,
+)
 
 CHUNK = 128
 """Elements of the smallest unit that kernels address; rows are aligned to it."""
@@ -35,7 +49,8 @@ class SiteLayout:
     """Where one low-rank pair lies in an image; all positions are in chunks from the image's start in a layer.
 
     Row ``i`` of A starts at ``a_start + i * a_stride``; row ``i`` of B transposed at ``b_start + i * b_stride``. For a
-    model site, row ``i`` lies in layer ``i % num_layers`` at ``start + (i // num_layers) * stride``.
+    model site, row ``i`` lies in layer ``i % num_layers`` at ``start + (i // num_layers) * stride``. The row of gains
+    less one, if there is one, starts at ``gain_start``, for a model site in layer 0.
     """
 
     rank: int
@@ -44,6 +59,7 @@ class SiteLayout:
     a_start: int
     b_start: int
     scale: float
+    gain_start: int | None = None
 
     @property
     def a_stride(self) -> int:
@@ -58,23 +74,51 @@ LayerLayout = Mapping[str, SiteLayout]
 
 
 @dataclass(frozen=True, slots=True)
+class RouterLayout:
+    """Where a router ``[num_experts, in_features]`` float32 lies: row ``e`` starts at chunk ``start + e * stride``."""
+
+    num_experts: int
+    in_features: int
+    start: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureLayout:
+    """The part of a layer that belongs to experts.
+
+    Attributes:
+        experts: for each expert, the layout of its sites.
+        routers: by the site that they route (see ``Router``).
+    """
+
+    experts: tuple[LayerLayout, ...] = ()
+    routers: Mapping[str, RouterLayout] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ImageLayout:
     """Where everything of an adapter lies.
 
     Attributes:
         layouts: the distinct layer layouts. Most adapters have one; a layer without any adapted site has an empty one.
-        layout_of_layer: for each layer, its index into ``layouts``.
+        mixtures: what experts have in each of these layouts.
+        layout_of_layer: for each layer, its index into ``layouts`` and ``mixtures``.
         model: layout of the model sites.
         num_chunks: chunks used in each layer.
     """
 
     layouts: tuple[LayerLayout, ...]
+    mixtures: tuple[MixtureLayout, ...]
     layout_of_layer: tuple[int, ...]
     model: LayerLayout
     num_chunks: int
 
     def of_layer(self, layer: int) -> LayerLayout:
         return self.layouts[self.layout_of_layer[layer]]
+
+    def mixture_of_layer(self, layer: int) -> MixtureLayout:
+        return self.mixtures[self.layout_of_layer[layer]]
 
     def num_pages(self, page_elems: int) -> int:
         """Pages that the image takes where a page has ``page_elems`` elements per layer."""
@@ -86,15 +130,19 @@ class AdapterImage:
     """An adapter ready to be paged in: one copy and one scatter.
 
     Attributes:
-        identity: of the adapter (see ``AdapterSpec``).
+        identity, kind: of the adapter (see ``AdapterSpec``).
         layout: where its rows lie.
         data: [num_layers, num_pages, page_elems] in the model's dtype, on the host; unused elements are zero.
+        routing, token_routes, invocation: as in ``AdapterSpec``.
     """
 
     identity: str
     kind: str
     layout: ImageLayout
     data: torch.Tensor
+    routing: Routing | None = None
+    token_routes: TokenRoutes | None = None
+    invocation: tuple[int, ...] = ()
 
     @property
     def num_pages(self) -> int:
@@ -102,27 +150,62 @@ class AdapterImage:
 
     @property
     def num_bytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
+        """Of the rows, and of the routes by token where there are any."""
+        return self.data.nbytes + (self.token_routes.num_bytes if self.token_routes else 0)
 
 
-def plan_layout(spec: AdapterSpec, num_layers: int) -> ImageLayout:
-    """Decide where each row of an adapter lies."""
-    by_layer: list[dict[str, LowRankPair]] = [{} for _ in range(num_layers)]
+@dataclass(slots=True)
+class _Layer:
+    """What an adapter has in one layer, to be laid out."""
+
+    pairs: dict[str, LowRankPair] = field(default_factory=dict)
+    experts: dict[int, dict[str, LowRankPair]] = field(default_factory=dict)
+    routers: dict[str, Router] = field(default_factory=dict)
+
+    def add(self, pair: LowRankPair) -> None:
+        (self.pairs if pair.expert is None else self.experts.setdefault(pair.expert, {}))[pair.site] = pair
+
+    def lay_out(self, itemsize: int) -> tuple[LayerLayout, MixtureLayout, int]:
+        """The layouts, and where they end in chunks."""
+        layout, end = _lay_out(self.pairs, LAYER_GROUPS, start=0, rows_share=1)
+        experts: list[LayerLayout] = []
+        for expert in range(max(self.experts, default=-1) + 1):
+            sites, end = _lay_out(self.experts.get(expert, {}), LAYER_GROUPS, start=end, rows_share=1)
+            experts.append(sites)
+        routers: dict[str, RouterLayout] = {}
+        for site, router in self.routers.items():
+            num_experts, in_features = router.weight.shape
+            stride = chunks_of(in_features * torch.float32.itemsize // itemsize)
+            routers[site] = RouterLayout(num_experts, in_features, end, stride)
+            end += num_experts * stride
+        return layout, MixtureLayout(tuple(experts), routers), end
+
+
+def plan_layout(spec: AdapterSpec, num_layers: int, dtype: torch.dtype) -> ImageLayout:
+    """Decide where each row of an adapter lies in an image of ``dtype``."""
+    layers = [_Layer() for _ in range(num_layers)]
     model_pairs: dict[str, LowRankPair] = {}
     for pair in spec.pairs:
-        (model_pairs if pair.layer is None else by_layer[pair.layer])[pair.site] = pair
+        if pair.layer is None:
+            model_pairs[pair.site] = pair
+        else:
+            layers[pair.layer].add(pair)
+    for router in spec.routers:
+        layers[router.layer].routers[router.site] = router
 
-    layouts: list[LayerLayout] = []
+    distinct: list[tuple[LayerLayout, MixtureLayout]] = []
     layout_of_layer: list[int] = []
     used = 0
-    for pairs in by_layer:
-        layout, end = _lay_out(pairs, LAYER_GROUPS, start=0, rows_share=1)
+    for layer in layers:
+        layout, mixture, end = layer.lay_out(dtype.itemsize)
+        layouts = (layout, mixture)
         used = max(used, end)
-        if layout not in layouts:
-            layouts.append(layout)
-        layout_of_layer.append(layouts.index(layout))
+        if layouts not in distinct:
+            distinct.append(layouts)
+        layout_of_layer.append(distinct.index(layouts))
     model, used = _lay_out(model_pairs, MODEL_GROUPS, start=used, rows_share=num_layers)
-    return ImageLayout(tuple(layouts), tuple(layout_of_layer), model, used)
+    plain, mixtures = zip(*distinct)
+    return ImageLayout(plain, mixtures, tuple(layout_of_layer), model, used)
 
 
 def _lay_out(
@@ -135,10 +218,12 @@ def _lay_out(
         rows = [-(-pair.rank // rows_share) for pair in present]
         a_starts = list(accumulate((n * chunks_of(p.a.shape[1]) for n, p in zip(rows, present)), initial=start))
         b_starts = list(accumulate((n * chunks_of(p.b.shape[0]) for n, p in zip(rows, present)), initial=a_starts[-1]))
+        start = b_starts[-1]
         for pair, a_start, b_start in zip(present, a_starts, b_starts):
             (rank, in_features), out_features = pair.a.shape, pair.b.shape[0]
-            layout[pair.site] = SiteLayout(rank, in_features, out_features, a_start, b_start, pair.scale)
-        start = b_starts[-1]
+            gain_start = None if pair.gain is None else start
+            layout[pair.site] = SiteLayout(rank, in_features, out_features, a_start, b_start, pair.scale, gain_start)
+            start += 0 if pair.gain is None else chunks_of(out_features)
     return layout, start
 
 
@@ -146,29 +231,46 @@ def build_image(
     spec: AdapterSpec, num_layers: int, page_elems: int, dtype: torch.dtype, *, pin_memory: bool = False
 ) -> AdapterImage:
     """Lay an adapter out in page order in host memory."""
-    layout = plan_layout(spec, num_layers)
+    layout = plan_layout(spec, num_layers, dtype)
     num_pages = layout.num_pages(page_elems)
     data = torch.zeros((num_layers, num_pages, page_elems), dtype=dtype, pin_memory=pin_memory)
     chunks = data.view(num_layers, -1, CHUNK)
     for pair in spec.pairs:
-        sites = layout.model if pair.layer is None else layout.of_layer(pair.layer)
-        site = sites[pair.site]
-        for rows, start, stride in (
-            (pair.a, site.a_start, site.a_stride),
-            (pair.b.T, site.b_start, site.b_stride),
-        ):
-            if pair.layer is None:
-                for layer in range(min(num_layers, rows.shape[0])):
-                    _store_rows(chunks[layer], rows[layer::num_layers], start, stride)
-            else:
-                _store_rows(chunks[pair.layer], rows, start, stride)
-    return AdapterImage(spec.identity, spec.kind, layout, data)
+        _store_pair(chunks, pair, layout)
+    for router in spec.routers:
+        at = layout.mixture_of_layer(router.layer).routers[router.site]
+        wide = chunks[router.layer].view(torch.float32)
+        _store_rows(wide, router.weight, at.start, at.stride)
+    return AdapterImage(spec.identity, spec.kind, layout, data, spec.routing, spec.token_routes, spec.invocation)
+
+
+def _store_pair(chunks: torch.Tensor, pair: LowRankPair, layout: ImageLayout) -> None:
+    """Copy a pair into ``chunks [num_layers, c, 128]``."""
+    site = _site_of(pair, layout)
+    b = pair.b if pair.gain is None else pair.b.float() * pair.gain[:, None]
+    num_layers = chunks.shape[0]
+    for rows, start, stride in ((pair.a, site.a_start, site.a_stride), (b.T, site.b_start, site.b_stride)):
+        if pair.layer is None:
+            for layer in range(min(num_layers, rows.shape[0])):
+                _store_rows(chunks[layer], rows[layer::num_layers], start, stride)
+        else:
+            _store_rows(chunks[pair.layer], rows, start, stride)
+    if pair.gain is not None and site.gain_start is not None:
+        _store_rows(chunks[pair.layer or 0], (pair.gain - 1)[None], site.gain_start, site.b_stride)
+
+
+def _site_of(pair: LowRankPair, layout: ImageLayout) -> SiteLayout:
+    if pair.layer is None:
+        return layout.model[pair.site]
+    if pair.expert is None:
+        return layout.of_layer(pair.layer)[pair.site]
+    return layout.mixture_of_layer(pair.layer).experts[pair.expert][pair.site]
 
 
 def _store_rows(chunks: torch.Tensor, rows: torch.Tensor, start: int, stride: int) -> None:
-    """Copy ``rows [n, width]`` into ``chunks [c, 128]`` from chunk ``start``, each row padded to ``stride`` chunks."""
+    """Copy ``rows [n, width]`` into ``chunks [c, k]`` from chunk ``start``, each row padded to ``stride`` chunks."""
     count, width = rows.shape
-    stored = chunks[start : start + count * stride].view(count, stride * CHUNK)[:, :width]
+    stored = chunks[start : start + count * stride].view(count, -1)[:, :width]
     block = max(1, _SERIAL_ELEMENTS // width)
     for target, source in zip(stored.split(block), rows.split(block)):
         target.copy_(source)

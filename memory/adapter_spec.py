@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 
@@ -15,6 +16,11 @@ MODEL_GROUPS = (("lm_head",), ("embed_tokens",))
 
 LAYER_SITES = tuple(site for group in LAYER_GROUPS for site in group)
 MODEL_SITES = tuple(site for group in MODEL_GROUPS for site in group)
+
+FFN = "mlp"
+"""Where the router of a mixture of whole feed-forward networks stands: it reads what gate_proj and up_proj read."""
+
+RoutingScope = Literal["ffn", "linear", "token"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +42,22 @@ class BaseShape:
         return self.sites[site] if site in self.sites else self.model_sites[site]
 
 
+class BaseWeights(Protocol):
+    """The served base's own weights, read when a reader asks; any thread may ask."""
+
+    def matrix(self, site: str, layer: int | None = None) -> torch.Tensor:
+        """[out, in] of a linear of a layer; [vocabulary, hidden] of ``lm_head`` or ``embed_tokens``, without a layer.
+
+        On the host, in the checkpoint's dtype.
+        """
+
+    def first_inputs(self, start: int, stop: int) -> torch.Tensor:
+        """[stop - start, hidden] in the served dtype: what the first layer's q, k and v read for these token ids."""
+
+
 @dataclass(frozen=True, slots=True)
 class LowRankPair:
-    """One adapted matrix: the update of ``W [out, in]`` is ``scale * b @ a``.
+    """One low-rank update: of ``W [out, in]`` by ``scale * b @ a``, for every row or for rows routed to one expert.
 
     Attributes:
         site: a name of ``LAYER_SITES`` or ``MODEL_SITES``.
@@ -46,6 +65,9 @@ class LowRankPair:
         a: [rank, in_features], any floating dtype.
         b: [out_features, rank], any floating dtype.
         scale: lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA.
+        expert: that it belongs to, from 0; None for a pair that every row takes.
+        gain: DoRA's factor on each output, [out_features] float32, ``m / ||W + scale b a||``:
+            ``y = gain * (W x + scale b a x) + bias``, https://arxiv.org/abs/2402.09353. None is 1.
     """
 
     site: str
@@ -53,10 +75,71 @@ class LowRankPair:
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    expert: int | None = None
+    gain: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """Scores experts: ``logits = weight @ x``, in float32.
+
+    Attributes:
+        layer: decoder layer.
+        site: ``FFN``, whose experts are whole feed-forward networks, or the linear whose input it reads and whose
+            pairs it weighs.
+        weight: [num_experts, in_features], any floating dtype.
+    """
+
+    layer: int
+    site: str
+    weight: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How scores become a choice of experts and their weights.
+
+    ``p = softmax(logits)``, divided by ``temperature`` if that is above 0. Experts are chosen from the largest p on,
+    the lowest index first among equals, at most ``limit`` of them, and with ``top_p`` no more once their sum exceeds
+    it. Their weights are their p, divided by the sum of those chosen if ``renormalize``.
+
+    Attributes:
+        scope: what an expert is: a whole feed-forward network, the pairs of one linear (each with a router of its
+            own), or the pairs of all linears of all layers, chosen once for each token.
+        num_experts: of every router.
+        limit: 1 to num_experts.
+        activation: of the experts' feed-forward networks, a name of ``transformers.activations.ACT2FN`` that is one of
+            silu, gelu, gelu_new, gelu_pytorch_tanh, relu; None is the base's.
+    """
+
+    scope: RoutingScope
+    num_experts: int
+    limit: int
+    renormalize: bool
+    top_p: float | None = None
+    temperature: float = 0.0
+    activation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRoutes:
+    """The choice of experts for every token of the vocabulary, where it depends on the token alone.
+
+    Attributes:
+        experts: [vocabulary, limit] int16, best first.
+        weights: [vocabulary, limit] float32.
+    """
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.experts.nbytes + self.weights.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +148,24 @@ class AdapterSpec:
 
     Attributes:
         identity: hex digest over the content of its tensors' file and its configuration.
-        kind: "lora".
-        pairs: every adapted matrix, at most one per (layer, site).
+        kind: "lora", "dora", "alora", "mixlora", "mola", "loramoe", "meteora", "tokenwise" or "merged".
+        pairs: every low-rank pair, at most one per (layer, site, expert).
         warnings: what the operator should know although the adapter is served.
+        routers: one per layer and site that has experts; none where the scope is "token".
+        routing: how they choose; None for an adapter without experts.
+        token_routes: where the scope is "token".
+        invocation: activated LoRA: the adapter acts from the start of the last occurrence of these tokens in the prompt
+            on, and not at all where there is none. Empty: it acts on every token.
     """
 
     identity: str
     kind: str
     pairs: tuple[LowRankPair, ...]
     warnings: tuple[str, ...] = field(default=())
+    routers: tuple[Router, ...] = field(default=())
+    routing: Routing | None = None
+    token_routes: TokenRoutes | None = None
+    invocation: tuple[int, ...] = field(default=())
 
     @property
     def rank(self) -> int:
@@ -85,3 +177,8 @@ class AdapterSpec:
         """Names of the sites adapted anywhere, in image order."""
         present = {pair.site for pair in self.pairs}
         return tuple(site for site in (*LAYER_SITES, *MODEL_SITES) if site in present)
+
+    @property
+    def num_experts(self) -> int:
+        """0 for an adapter without experts."""
+        return self.routing.num_experts if self.routing else 0

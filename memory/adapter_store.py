@@ -6,16 +6,16 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from loraplex.memory.adapter_errors import AdapterFileError
-from loraplex.memory.adapter_files import read_adapter
 from loraplex.memory.adapter_image import AdapterImage, build_image, plan_layout
-from loraplex.memory.adapter_spec import AdapterSpec, BaseShape
+from loraplex.memory.adapter_merge import read_source
+from loraplex.memory.adapter_spec import AdapterSpec, BaseShape, BaseWeights, RoutingScope
 
 _log = logging.getLogger(__name__)
 
@@ -37,13 +37,22 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Here. ``seconds`` is what reading, verifying and laying out took, waits for room included."""
+    """Here. ``seconds`` is what reading, verifying and laying out took, waits for room included.
+
+    ``num_experts`` and ``scope`` are those of the adapter's routing: 0 and None where it has none.
+    """
 
     image: AdapterImage
     warnings: tuple[str, ...]
     rank: int
     targets: tuple[str, ...]
     seconds: float
+    num_experts: int = 0
+    scope: RoutingScope | None = None
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        return self.image.invocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +120,7 @@ class AdapterStore:
         allow_bin, base_name, base_weights: as in ``read_adapter``.
         pin_memory: lay images out in page-locked memory, for copies to CUDA.
         on_change: called from a loader thread, without the store's lock, after a load has ended.
-        reader, clock: in place of ``read_adapter`` and the monotonic clock; for tests.
+        reader, clock: in place of ``read_source`` and the monotonic clock; for tests.
         retry_seconds: how long a failed load is remembered before a request tries again.
 
     Attributes:
@@ -129,7 +138,7 @@ class AdapterStore:
         allow_bin: bool = False,
         pin_memory: bool = False,
         base_name: str | None = None,
-        base_weights: Mapping[str, torch.Tensor] | None = None,
+        base_weights: BaseWeights | None = None,
         on_change: Callable[[], None] | None = None,
         reader: Callable[[str], AdapterSpec] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -140,7 +149,7 @@ class AdapterStore:
         self._page_elems, self._dtype, self._pin_memory = page_elems, dtype, pin_memory
         self._on_change, self._clock, self._retry_seconds = on_change, clock, retry_seconds
         self._reader = reader or partial(
-            read_adapter,
+            read_source,
             shape=shape,
             allow_bin=allow_bin,
             max_bytes=_FILE_TO_IMAGE * byte_limit,
@@ -328,8 +337,9 @@ class AdapterStore:
                 self._drop_image(spec.identity)
 
     def _image_bytes(self, spec: AdapterSpec) -> int:
-        pages = plan_layout(spec, self._num_layers).num_pages(self._page_elems)
+        pages = plan_layout(spec, self._num_layers, self._dtype).num_pages(self._page_elems)
         num_bytes = self._num_layers * pages * self._page_elems * self._dtype.itemsize
+        num_bytes += spec.token_routes.num_bytes if spec.token_routes else 0
         if num_bytes > self.byte_limit:
             raise AdapterFileError(
                 f"the adapter takes {num_bytes} bytes in the host store, which may hold {self.byte_limit}", key="bytes"
@@ -376,7 +386,15 @@ class AdapterStore:
         held.keys.add(entry.key)
         self._images.move_to_end(spec.identity)
         self._loads += 1
-        entry.state = Ready(held.image, spec.warnings, spec.rank, spec.targets, time.perf_counter() - started)
+        entry.state = Ready(
+            held.image,
+            spec.warnings,
+            spec.rank,
+            spec.targets,
+            time.perf_counter() - started,
+            spec.num_experts,
+            spec.routing.scope if spec.routing else None,
+        )
         self._changed.notify_all()
 
     def check_integrity(self) -> None:

@@ -30,6 +30,11 @@ def expand_arguments(dtype: torch.dtype) -> Arguments:
     return torch.randn(3), chunks, ids(4, 1, 0, 2), ids(0, 1, 2, 2), ids(0, 0, 2, 3, 4)
 
 
+def route_arguments(dtype: torch.dtype) -> Arguments:
+    logits = torch.randn(3, 4)
+    return logits, ids(2, 1, 4), torch.tensor([True, False, False]), torch.tensor([2.0, 2.0, 0.5]), torch.ones(3)
+
+
 def write_kv_arguments(dtype: torch.dtype) -> Arguments:
     k, v = torch.randn(2, 2, 8).to(dtype)
     return torch.zeros(12, 8, dtype=dtype), k, v, ids(3, 4), ids(7, 11)
@@ -52,6 +57,7 @@ def prefill_arguments(dtype: torch.dtype) -> Arguments:
 OPERATORS: dict[str, Callable[[torch.dtype], Arguments]] = {
     "shrink": shrink_arguments,
     "expand": expand_arguments,
+    "route": route_arguments,
     "write_kv": write_kv_arguments,
     "decode_attention": decode_arguments,
     "prefill_attention": prefill_arguments,

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.memory.adapter_image import AdapterImage, ImageLayout
+from loraplex.memory.adapter_image import AdapterImage, ImageLayout, MixtureLayout
 from loraplex.memory.transfer import page_in
 
 LAYERS, PAGES, ELEMS = 3, 40, 128
 
 
 def image_of(num_pages: int, *, elems: int = ELEMS, dtype: torch.dtype = torch.float32) -> AdapterImage:
-    layout = ImageLayout(({},), (0,) * LAYERS, {}, num_pages)
+    layout = ImageLayout(({},), (MixtureLayout(),), (0,) * LAYERS, {}, num_pages)
     return AdapterImage("identity", "lora", layout, torch.randn(LAYERS, num_pages, elems).to(dtype))
 
 

@@ -1,0 +1,142 @@
+"""All adapters of one step, of every kind at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loraplex.kernels.lora import add_lora
+from loraplex.kernels.lora_plan import EntryBatch
+from loraplex.kernels.lora_rows import Int64Array, ResidentAdapter, SiteGroup
+from loraplex.kernels.mixture import FFN, Activation, ExpertNetworks, add_routed, run_experts
+from loraplex.kernels.router_plan import Choice, Float32Array, RoutedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRecord:
+    """What one router chose for the rows of one adapter.
+
+    Attributes:
+        layer: None for a token-wise router.
+        site: the linear, "mlp" for a feed-forward network, "token" for a token-wise router.
+        adapter: whose router it is.
+        rows: [m] rows of the step.
+        experts: [m, k] best first.
+        weights: [m, k] float32, 0 where an expert is not chosen.
+    """
+
+    layer: int | None
+    site: str
+    adapter: ResidentAdapter
+    rows: Int64Array
+    experts: npt.NDArray[np.integer[Any]]
+    weights: Float32Array
+
+
+@dataclass(slots=True)
+class RouteLog:
+    """What the routers of a step chose, in the order in which they ran."""
+
+    records: list[RouteRecord] = field(default_factory=list)
+
+    def add(self, layer: int, site: str, choice: Choice) -> None:
+        """Note a choice, adapter by adapter."""
+        at = 0
+        for part in choice.parts:
+            stop = at + len(part.rows)
+            here = slice(at, stop)
+            record = RouteRecord(
+                layer, site, part.adapter, choice.rows[here], choice.experts[here], choice.weights[here]
+            )
+            self.records.append(record)
+            at = stop
+
+
+@dataclass(frozen=True, slots=True)
+class StepAdapters:
+    """The adapters of a step's rows.
+
+    Attributes:
+        direct: rows with one adapter of weight 1: their plain pairs.
+        listed: rows under a mix, and rows with a token-wise adapter: any number of entries a row.
+        linear: rows under adapters whose linears have routers of their own.
+        ffn: rows under mixtures of feed-forward networks.
+        log: where choices are noted; None if nobody asks.
+    """
+
+    direct: EntryBatch | None = None
+    listed: EntryBatch | None = None
+    linear: RoutedBatch | None = None
+    ffn: RoutedBatch | None = None
+    log: RouteLog | None = None
+
+    def add(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        chunks: torch.Tensor,
+        layer: int,
+        group: SiteGroup,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Add all adapters' work at a group of a layer to the base products, in place.
+
+        Args:
+            y: [rows, sum of the group's out_features].
+            x: [rows, in_features].
+            chunks: [num_chunks, 128], the arena of the layer.
+            bias: [sum of out_features] that is in ``y``, or None.
+        """
+        for batch in (self.direct, self.listed):
+            if batch is not None:
+                add_lora(y, x, chunks, batch.layer_plan(layer, group), bias=bias)
+        if self.linear is not None:
+            for site, choice in add_routed(y, x, chunks, layer, group, self.linear):
+                self._note(layer, site, choice)
+
+    def add_model(self, y: torch.Tensor, x: torch.Tensor, chunks: torch.Tensor, group: SiteGroup) -> None:
+        """The same for a group of model sites; ``chunks`` is the whole arena."""
+        for batch in (self.direct, self.listed):
+            if batch is not None:
+                add_lora(y, x, chunks, batch.model_plan(group))
+
+    def run_experts(
+        self,
+        gate_up: torch.Tensor,
+        x: torch.Tensor,
+        chunks: torch.Tensor,
+        layer: int,
+        group: SiteGroup,
+        bias: torch.Tensor | None,
+        activation: Activation,
+    ) -> ExpertNetworks | None:
+        """The experts of mixtures of feed-forward networks (see ``mixture.py``), from the base's gate and up."""
+        if self.ffn is None:
+            return None
+        networks = run_experts(gate_up, x, chunks, layer, group, self.ffn, bias, activation)
+        if networks is not None:
+            self._note(layer, FFN, networks.choice)
+        return networks
+
+    def add_down(
+        self,
+        y: torch.Tensor,
+        chunks: torch.Tensor,
+        layer: int,
+        group: SiteGroup,
+        networks: ExpertNetworks,
+        down: Callable[[torch.Tensor], torch.Tensor],
+        bias: torch.Tensor | None,
+    ) -> None:
+        """What those experts change of down_proj."""
+        assert self.ffn is not None
+        networks.add_down(y, chunks, layer, group, self.ffn, down, bias)
+
+    def _note(self, layer: int, site: str, choice: Choice) -> None:
+        if self.log is not None:
+            self.log.add(layer, site, choice)
