@@ -10,60 +10,35 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from loraplex.memory.adapter_config import CONFIG_NAME, RawConfig, read_config, text_or_none
 from loraplex.memory.adapter_errors import AdapterFileError, shown
-from loraplex.memory.adapter_spec import AdapterSpec, BaseShape
+from loraplex.memory.adapter_family import Family, Outline
+from loraplex.memory.adapter_hash import adapter_identity
+from loraplex.memory.adapter_name import name_problem
+from loraplex.memory.adapter_spec import AdapterSpec, BaseShape, BaseWeights
+from loraplex.memory.loramoe import LORAMOE
+from loraplex.memory.meteora import METEORA
+from loraplex.memory.mixlora import MIXLORA
+from loraplex.memory.mola import MOLA
 from loraplex.memory.peft_lora import outline_lora, read_lora
-from loraplex.memory.tensor_file import TensorFile, TensorListing, list_tensor_file, read_tensor_file
+from loraplex.memory.tensor_file import TensorListing, list_tensor_file, read_tensor_file, tensor_file_digest
+from loraplex.memory.tokenwise import TOKENWISE
 
-
-class FamilyReader(Protocol):
-    """Checks a folder's content against the served base and describes it neutrally.
-
-    Errors: AdapterFileError if it breaks a rule. ``dtype`` and ``base_weights`` as in ``read_adapter``.
-    """
-
-    def __call__(
-        self,
-        raw: RawConfig,
-        file: TensorFile,
-        *,
-        shape: BaseShape,
-        dtype: torch.dtype | None = None,
-        base_weights: Mapping[str, torch.Tensor] | None = None,
-    ) -> AdapterSpec: ...
-
-
-class FamilyOutline(Protocol):
-    """Largest rank and adapted sites of a folder, without its weights; AdapterFileError if it breaks a rule."""
-
-    def __call__(self, raw: RawConfig, listing: TensorListing) -> tuple[int, tuple[str, ...]]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One family of adapters: its ``kind`` as in ``AdapterSpec``, and how its folders are read and outlined."""
-
-    kind: str
-    read: FamilyReader
-    outline: FamilyOutline
-
-
-FAMILIES: Mapping[str, Family] = {"LORA": Family("lora", read_lora, outline_lora)}
+FAMILIES: Mapping[str, Family] = {
+    "LORA": Family(read_lora, outline_lora),
+    "MIXLORA": Family(MIXLORA.read, MIXLORA.outline),
+    "MOLA": Family(MOLA.read, MOLA.outline),
+    "LORAMOE": Family(LORAMOE.read, LORAMOE.outline),
+    "TOKENWISE": Family(TOKENWISE.read, TOKENWISE.outline),
+    "METEORA": Family(METEORA.read, METEORA.outline),
+}
 """Families that are served, by ``peft_type``."""
 
-_NOT_YET = {
-    "MIXLORA": "MixLoRA",
-    "MOLA": "MoLA",
-    "LORAMOE": "LoRAMoE",
-    "TOKENWISE": "token-wise routing",
-    "METEORA": "MeteoRA",
-}
 _ROUTED_FAMILIES = {"mixtral": "MIXLORA", "switch": "MIXLORA", "mola": "MOLA", "loramoe": "LORAMOE"}
+"""By ``routing_strategy``, where there is no ``peft_type``; besides, what starts with mixlora is MixLoRA."""
 
 
 def read_adapter(
@@ -74,7 +49,7 @@ def read_adapter(
     max_bytes: int | None = None,
     base_name: str | None = None,
     dtype: torch.dtype | None = None,
-    base_weights: Mapping[str, torch.Tensor] | None = None,
+    base_weights: BaseWeights | None = None,
 ) -> AdapterSpec:
     """Read an adapter folder and make every check.
 
@@ -85,8 +60,8 @@ def read_adapter(
         max_bytes: largest tensors' file that is read.
         base_name: name of the served base; an adapter that names another gets a warning.
         dtype: of the served model; values beyond its range are refused. None: any finite value will do.
-        base_weights: the served base's ``embed_tokens [vocab, hidden]`` and ``lm_head [vocab, hidden]``. PEFT saves
-            copies of them beside LoRA on them; without these to compare with, such copies are refused.
+        base_weights: of the served base. DoRA and token-wise routing follow from them; and PEFT saves copies of
+            ``embed_tokens`` and ``lm_head`` beside LoRA on them, which are compared with these. None: refused.
 
     Errors: AdapterFileError naming the key or file at fault, and what was expected.
     """
@@ -111,6 +86,7 @@ class AdapterSummary:
         base_model: what it was trained on, as its configuration says.
         dtype: of the tensors, "mixed", or None for a ``.bin``.
         file: name of the tensors' file.
+        num_experts, top_k, routing, scope, invocation: as in ``Outline``.
     """
 
     kind: str
@@ -121,6 +97,11 @@ class AdapterSummary:
     base_model: str | None
     dtype: str | None
     file: str
+    num_experts: int = 0
+    top_k: int = 0
+    routing: str = ""
+    scope: str | None = None
+    invocation: tuple[int, ...] = ()
 
 
 def describe_adapter(path: Path | str) -> AdapterSummary:
@@ -128,21 +109,39 @@ def describe_adapter(path: Path | str) -> AdapterSummary:
 
     Errors: AdapterFileError where that suffices to see that the adapter cannot be served.
     """
-    folder = _folder(path)
-    raw = read_config(folder)
-    family = _family(raw)
-    listing = list_tensor_file(folder)
-    rank, targets = family.outline(raw, listing)
+    raw, outline, listing = _outline(_folder(path))
     return AdapterSummary(
-        kind=family.kind,
-        rank=rank,
-        targets=targets,
+        kind=outline.kind,
+        rank=outline.rank,
+        targets=outline.targets,
         num_tensors=None if listing.shapes is None else len(listing.shapes),
         num_bytes=listing.num_bytes,
         base_model=text_or_none(raw, "base_model_name_or_path"),
         dtype=listing.dtype,
         file=listing.name,
+        num_experts=outline.num_experts,
+        top_k=outline.top_k,
+        routing=outline.routing,
+        scope=outline.scope,
+        invocation=outline.invocation,
     )
+
+
+def identity_of(path: Path | str, *, allow_bin: bool = False) -> str:
+    """The identity that ``read_adapter`` gives, without a base: the file is hashed and not checked.
+
+    Errors: AdapterFileError as of ``describe_adapter``, and for a ``.bin`` that is not allowed.
+    """
+    folder = _folder(path)
+    _, outline, _ = _outline(folder)
+    return adapter_identity(outline.kind, tensor_file_digest(folder, allow_bin=allow_bin), outline.settings)
+
+
+def _outline(folder: Path) -> tuple[RawConfig, Outline, TensorListing]:
+    raw = read_config(folder)
+    family = _family(raw)
+    listing = list_tensor_file(folder)
+    return raw, family.outline(raw, listing), listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,17 +173,6 @@ def find_adapters(root: Path | str) -> FoundAdapters:
     )
 
 
-def name_problem(name: str) -> str | None:
-    """What keeps a text from being the name of an adapter; None if nothing does."""
-    if not name or len(name) > 255:
-        return "a name has 1 to 255 characters"
-    if name.startswith(".") or name != name.strip():
-        return "a name starts with no dot, and starts and ends with no space"
-    if not name.isprintable() or any(character in name for character in ",/\\"):
-        return "a name holds no commas, slashes, backslashes or control characters"
-    return None
-
-
 def _is_adapter(folder: Path) -> bool:
     try:
         return (folder / CONFIG_NAME).is_file()
@@ -210,8 +198,6 @@ def _family(raw: RawConfig) -> Family:
         key, name = "routing_strategy", _routed_family(text_or_none(raw, "routing_strategy"))
     if name in FAMILIES:
         return FAMILIES[name]
-    if name in _NOT_YET:
-        raise AdapterFileError(f"{key} in {CONFIG_NAME}: {_NOT_YET[name]} is not served yet", key=key)
     raise AdapterFileError(
         f"{key} in {CONFIG_NAME}: {shown(name)} is not served; expected {', '.join(FAMILIES)}", key=key
     )

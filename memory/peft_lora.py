@@ -1,66 +1,40 @@
-"""PEFT LoRA: from its tensor keys and its configuration to low-rank pairs."""
+"""PEFT LoRA, plain, rank-stabilised, weight-decomposed (DoRA) or activated: from its keys to low-rank pairs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 
-from loraplex.memory.adapter_config import LoraConfig, RawConfig
+from loraplex.memory.adapted_modules import NUMBER, Place, group_keys, layer_place, other_base_problem
+from loraplex.memory.adapter_config import CONFIG_NAME, LoraConfig, RawConfig
 from loraplex.memory.adapter_errors import AdapterFileError, shown
+from loraplex.memory.adapter_family import Outline, in_image_order, missing_targets
 from loraplex.memory.adapter_hash import adapter_identity
-from loraplex.memory.adapter_spec import LAYER_SITES, MODEL_SITES, AdapterSpec, BaseShape, LowRankPair
+from loraplex.memory.adapter_spec import LAYER_SITES, AdapterSpec, BaseShape, BaseWeights
+from loraplex.memory.low_rank_pairs import read_pairs
+from loraplex.memory.tensor_checks import FLOAT_DTYPES, dims
 from loraplex.memory.tensor_file import TensorFile, TensorListing
 
 _PREFIX = "base_model.model."
-_HALF = re.compile(re.escape(_PREFIX) + r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
-_LAYER_MODULE = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.(self_attn|mlp)\.([a-z]+_proj)")
+_LAYER_MODULE = re.compile(rf"model\.layers\.{NUMBER}\.(self_attn|mlp)\.(\w+)")
 _MODEL_MODULES = {"lm_head": "lm_head", "model.embed_tokens": "embed_tokens"}
 _BASE_COPY = re.compile(re.escape(_PREFIX) + r"(lm_head|model\.embed_tokens)\.(?:base_layer\.)?weight")
 _TRAINING_ONLY = re.compile(re.escape(_PREFIX) + r".+\.(lora_velora_embed|lora_monteclora_sampler\.\w+)")
 """What VeLoRA and MonteCLoRA keep for training; at inference both are plain LoRA."""
 
 _UNSERVED = (
-    (re.compile(r"lora_magnitude_vector"), "DoRA is not served yet"),
     (re.compile(r"\.lora_diag$"), "KaSA is not served"),
     (re.compile(r"\.lora_B\.bias$"), "a bias on lora_B is not served yet"),
     (re.compile(r"trainable_tokens|token_adapter"), "trained token embeddings are not served yet"),
     (re.compile(r"modules_to_save"), "fully trained modules are not served yet"),
     (re.compile(r"\.base_layer\.|_proj\.weight$"), "weights of the base model do not belong into an adapter"),
     (re.compile(r"\.bias$"), "trained biases are not served yet"),
-    (re.compile(r"^(mixlora|mola|loramoe|meteora|tokenwise)\."), "mixtures of LoRA are not served yet"),
+    (
+        re.compile(r"^(mixlora|mola|loramoe|meteora|tokenwise)\."),
+        f"a tensor of a mixture, but peft_type in {CONFIG_NAME} names none",
+    ),
 )
-
-_SERIAL_ELEMENTS = 32_768
-"""torch shares out larger operations to its threads; a loader that waits for them, while the model keeps them busy,
-takes ten times as long."""
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(slots=True)
-class _Module:
-    """A module of the base model with the tensor keys found for it."""
-
-    path: str
-    site: str
-    layer: int | None
-    keys: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def half_names(self) -> tuple[str, str]:
-        """Endings of the keys of A and B."""
-        if self.site == "embed_tokens":
-            return "lora_embedding_A", "lora_embedding_B"
-        return "lora_A.weight", "lora_B.weight"
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Sorts modules by layer, then in image order, those of the whole model last."""
-        order = (*LAYER_SITES, *MODEL_SITES).index(self.site)
-        return (1 << 31 if self.layer is None else self.layer, order)
 
 
 def read_lora(
@@ -69,7 +43,7 @@ def read_lora(
     *,
     shape: BaseShape,
     dtype: torch.dtype | None = None,
-    base_weights: Mapping[str, torch.Tensor] | None = None,
+    base_weights: BaseWeights | None = None,
 ) -> AdapterSpec:
     """Check a PEFT LoRA against the served base and describe it neutrally.
 
@@ -78,82 +52,88 @@ def read_lora(
         file: its tensors.
         shape: what the base offers.
         dtype: of the served model; values beyond its range are refused.
-        base_weights: the base's own ``embed_tokens [vocab, hidden]`` and ``lm_head``. PEFT saves a copy of them beside
-            their LoRA; a copy is accepted only where it can be seen to equal these.
+        base_weights: the base's own. DoRA's gains follow from them. PEFT saves copies of ``embed_tokens`` and
+            ``lm_head`` beside their LoRA; a copy is accepted only where it can be seen to equal these.
 
     Errors: AdapterFileError naming the key, and what was expected.
     """
     config = LoraConfig.parse(raw)
+    _check_invocation(config, shape)
     keys = [key for key in file.tensors if not _is_base_copy(key, file.tensors[key], base_weights)]
-    modules = _group(keys)
-    pairs = tuple(_pair(module, config, file.tensors, shape, dtype) for module in modules)
+    modules = group_keys(_without_training(keys), _place, _unknown)
+    pairs, _ = read_pairs(modules, lambda _: config, file.tensors, shape=shape, dtype=dtype, base_weights=base_weights)
     if not pairs:
         raise AdapterFileError(f"{file.name}: holds no LoRA tensors, so it would answer as the base", key=file.name)
-    identity = adapter_identity("lora", file.digest, config.settings)
-    return AdapterSpec(identity, "lora", pairs, (*config.warnings, *_missing_targets(config, modules)))
+    kind = _kind(config)
+    return AdapterSpec(
+        identity=adapter_identity(kind, file.digest, config.settings),
+        kind=kind,
+        pairs=pairs,
+        warnings=(*config.warnings, *missing_targets(config.target_modules, [pair.site for pair in pairs])),
+        invocation=config.invocation,
+    )
 
 
-def outline_lora(raw: RawConfig, listing: TensorListing) -> tuple[int, tuple[str, ...]]:
-    """Largest rank and adapted sites, from the configuration and the header of the tensors' file."""
+def outline_lora(raw: RawConfig, listing: TensorListing) -> Outline:
+    """Describe a folder by its configuration and the header of its tensors' file."""
     config = LoraConfig.parse(raw)
     if listing.shapes is None:
-        named = {target.rsplit(".", 1)[-1] for target in config.target_modules}
-        return config.max_rank, _in_image_order(named)
-    modules = _group(key for key in listing.shapes if _base_copy_site(key) is None)
-    ranks = [listing.shapes[key][:1] for module in modules for name, key in module.keys.items() if "_A" in name]
-    return max((rank[0] for rank in ranks if rank), default=0), _in_image_order({module.site for module in modules})
+        rank = config.max_rank
+        targets = in_image_order(target.rsplit(".", 1)[-1] for target in config.target_modules)
+    else:
+        keys = [key for key in listing.shapes if _base_copy_site(key) is None]
+        modules = group_keys(_without_training(keys), _place, _unknown)
+        shapes = [listing.shapes[module.key("A")] for module in modules]
+        rank = max((shape[0] for shape in shapes if shape), default=0)
+        targets = in_image_order(module.place.site for module in modules)
+    return Outline(_kind(config), config.settings, rank, targets, invocation=config.invocation)
 
 
-def _in_image_order(names: set[str]) -> tuple[str, ...]:
-    return tuple(site for site in (*LAYER_SITES, *MODEL_SITES) if site in names)
+def _kind(config: LoraConfig) -> str:
+    if config.invocation:
+        return "alora"
+    return "dora" if config.use_dora else "lora"
 
 
-def _missing_targets(config: LoraConfig, modules: list[_Module]) -> list[str]:
-    named = _in_image_order(set(config.target_modules))
-    present = {module.site for module in modules}
-    return [f"target_modules names {site}, but there are no tensors for it" for site in named if site not in present]
+def _check_invocation(config: LoraConfig, shape: BaseShape) -> None:
+    if not config.invocation:
+        return
+    vocab_size = shape.features("embed_tokens")[0]
+    if max(config.invocation) >= vocab_size:
+        key = "alora_invocation_tokens"
+        raise AdapterFileError(
+            f"{key} in {CONFIG_NAME}: {max(config.invocation)} is no token of the served base; expected 0 to "
+            f"{vocab_size - 1}",
+            key=key,
+        )
 
 
-def _group(keys: Iterable[str]) -> list[_Module]:
-    """Sort the keys of the two halves by module. Errors: AdapterFileError for a key that is neither."""
-    modules: dict[str, _Module] = {}
-    for key in keys:
-        match = _HALF.fullmatch(key)
-        if match is None:
-            if _TRAINING_ONLY.fullmatch(key):
-                continue
-            raise _unknown(key)
-        path, half = match.groups()
-        if path not in modules:
-            modules[path] = _module(path, key)
-        if half not in modules[path].half_names:
-            raise _unknown(key)
-        modules[path].keys[half] = key
-    return sorted(modules.values(), key=lambda module: module.place)
+def _without_training(keys: list[str]) -> list[str]:
+    return [key for key in keys if not _TRAINING_ONLY.fullmatch(key)]
 
 
-def _module(path: str, key: str) -> _Module:
+def _place(stem: str) -> Place | None:
+    path = stem.removeprefix(_PREFIX)
+    if path == stem:
+        return None
     if path in _MODEL_MODULES:
-        return _Module(path, _MODEL_MODULES[path], None)
+        return Place(_MODEL_MODULES[path], None)
     match = _LAYER_MODULE.fullmatch(path)
-    if match is None:
-        raise _unknown(key)
-    layer, block, site = match.groups()
-    if site not in LAYER_SITES or (block == "self_attn") != (site in LAYER_SITES[:4]):
-        raise _unknown(key)
-    return _Module(path, site, int(layer))
+    return None if match is None else layer_place(match[1], match[2], match[3])
 
 
 def _unknown(key: str) -> AdapterFileError:
-    for pattern, sentence in _UNSERVED:
-        if pattern.search(key):
-            return AdapterFileError(f"{shown(key)}: {sentence}", key=key)
-    return AdapterFileError(
-        f"{shown(key)}: unknown tensor; expected {_PREFIX}MODULE.lora_A.weight or .lora_B.weight, where MODULE is "
-        f"model.layers.N.self_attn.{{{','.join(LAYER_SITES[:4])}}}, model.layers.N.mlp.{{{','.join(LAYER_SITES[4:])}}} "
-        f"or lm_head, or {_PREFIX}model.embed_tokens.lora_embedding_A or .lora_embedding_B",
-        key=key,
-    )
+    sentence = next((sentence for pattern, sentence in _UNSERVED if pattern.search(key)), None)
+    if sentence is None:
+        sentence = other_base_problem(key)
+    if sentence is None:
+        sentence = (
+            f"unknown tensor; expected {_PREFIX}MODULE.lora_A.weight, .lora_B.weight or .lora_magnitude_vector, where "
+            f"MODULE is model.layers.N.self_attn.{{{','.join(LAYER_SITES[:4])}}}, "
+            f"model.layers.N.mlp.{{{','.join(LAYER_SITES[4:])}}} or lm_head, or {_PREFIX}model.embed_tokens"
+            ".lora_embedding_A or .lora_embedding_B"
+        )
+    return AdapterFileError(f"{shown(key)}: {sentence}", key=key)
 
 
 def _base_copy_site(key: str) -> str | None:
@@ -161,7 +141,7 @@ def _base_copy_site(key: str) -> str | None:
     return None if match is None else _MODEL_MODULES[match[1]]
 
 
-def _is_base_copy(key: str, tensor: torch.Tensor, base_weights: Mapping[str, torch.Tensor] | None) -> bool:
+def _is_base_copy(key: str, tensor: torch.Tensor, base_weights: BaseWeights | None) -> bool:
     """Whether a key holds a copy of the base's own embedding or head, which the adapter can do without.
 
     Errors: AdapterFileError where the copy differs from the base, or cannot be compared.
@@ -169,16 +149,16 @@ def _is_base_copy(key: str, tensor: torch.Tensor, base_weights: Mapping[str, tor
     site = _base_copy_site(key)
     if site is None:
         return False
-    own = (base_weights or {}).get(site)
-    if own is None:
+    if base_weights is None:
         raise AdapterFileError(
             f"{shown(key)}: a copy of the base's {site}, which an adapter must not replace. Save the adapter again "
             "with PEFT: model.save_pretrained(OUT, save_embedding_layers=False)",
             key=key,
         )
+    own = base_weights.matrix(site)
     if not _equal(tensor, own):
         raise AdapterFileError(
-            f"{shown(key)}: differs from the served base's {site} {_dims(own.shape)}; an adapter that was trained on "
+            f"{shown(key)}: differs from the served base's {site} {dims(own.shape)}; an adapter that was trained on "
             "other embeddings cannot be served on this base",
             key=key,
         )
@@ -187,80 +167,7 @@ def _is_base_copy(key: str, tensor: torch.Tensor, base_weights: Mapping[str, tor
 
 def _equal(copy: torch.Tensor, own: torch.Tensor) -> bool:
     """Whether two weights are the same but for the dtype in which one of them was kept."""
-    if copy.shape != own.shape or copy.dtype not in _DTYPES:
+    if copy.shape != own.shape or copy.dtype not in FLOAT_DTYPES:
         return False
     own = own.cpu()
     return torch.equal(copy.to(own.dtype), own) or torch.equal(copy, own.to(copy.dtype))
-
-
-def _pair(
-    module: _Module,
-    config: LoraConfig,
-    tensors: Mapping[str, torch.Tensor],
-    shape: BaseShape,
-    dtype: torch.dtype | None,
-) -> LowRankPair:
-    a_key, b_key = _both_halves(module)
-    a, b = tensors[a_key], tensors[b_key]
-    in_features, out_features = _features(module, shape, a_key)
-    rank = config.rank_of(module.path)
-    _check_shape(a_key, a, (rank, in_features), f"[rank, in] of {module.site}")
-    _check_shape(b_key, b, (out_features, rank), f"[out, rank] of {module.site}")
-    for key, tensor in ((a_key, a), (b_key, b)):
-        _check_values(key, tensor, dtype)
-    return LowRankPair(module.site, module.layer, a, b, config.scale_of(module.path))
-
-
-def _both_halves(module: _Module) -> tuple[str, str]:
-    for name in module.half_names:
-        if name not in module.keys:
-            missing = f"{_PREFIX}{module.path}.{name}"
-            raise AdapterFileError(f"{missing}: missing; a LoRA needs both of its halves", key=missing)
-    a_name, b_name = module.half_names
-    return module.keys[a_name], module.keys[b_name]
-
-
-def _features(module: _Module, shape: BaseShape, key: str) -> tuple[int, int]:
-    if module.layer is not None and module.layer >= shape.num_layers:
-        raise AdapterFileError(
-            f"{key}: layer {module.layer} does not exist; the served base has layers 0 to {shape.num_layers - 1}",
-            key=key,
-        )
-    try:
-        return shape.features(module.site)
-    except KeyError:
-        raise AdapterFileError(f"{key}: the served base has no {module.site}", key=key) from None
-
-
-def _check_shape(key: str, tensor: torch.Tensor, expected: tuple[int, int], meaning: str) -> None:
-    if tuple(tensor.shape) != expected:
-        raise AdapterFileError(
-            f"{key}: shape {_dims(tensor.shape)}, expected {_dims(expected)}, {meaning} by the served base and the "
-            "configured rank",
-            key=key,
-        )
-
-
-def _dims(shape: Iterable[int]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
-
-
-def _check_values(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> None:
-    if tensor.dtype not in _DTYPES:
-        name = str(tensor.dtype).removeprefix("torch.")
-        raise AdapterFileError(f"{key}: dtype {name}, expected float16, bfloat16, float32 or float64", key=key)
-    extremes = _extremes(tensor)
-    if not extremes.isfinite().all():
-        raise AdapterFileError(f"{key}: holds NaN or infinite values, expected finite ones", key=key)
-    if dtype is not None and not extremes.to(dtype).isfinite().all():
-        raise AdapterFileError(
-            f"{key}: values up to {extremes.abs().max().item():.4g} do not fit the served model's {dtype}; its largest "
-            f"is {torch.finfo(dtype).max:.4g}",
-            key=key,
-        )
-
-
-def _extremes(tensor: torch.Tensor) -> torch.Tensor:
-    """Smallest and largest values [2, n], by blocks; a NaN makes those of its block NaN."""
-    blocks = tensor.reshape(-1).split(_SERIAL_ELEMENTS)
-    return torch.stack([torch.stack(torch.aminmax(block)) for block in blocks], dim=1)

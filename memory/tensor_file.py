@@ -118,6 +118,16 @@ def read_tensor_file(folder: Path, *, allow_bin: bool, max_bytes: int | None) ->
     return TensorFile(name, hashlib.sha256(data).digest(), tensors)
 
 
+def tensor_file_digest(folder: Path, *, allow_bin: bool) -> bytes:
+    """SHA-256 over the bytes of the tensors' file, as in ``TensorFile``, without unpacking it; errors likewise."""
+    name = tensor_file_name(folder, allow_bin=allow_bin)
+    try:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise AdapterFileError(f"{name}: cannot be read: {_reason(error)}", key=name) from error
+
+
 def _unpack_safetensors(data: bytes) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(data)

@@ -36,6 +36,8 @@ WRONG_VALUES = [
     ("lora_alpha", 10**400),
     ("use_rslora", 1),
     ("use_rslora", "true"),
+    ("use_dora", 1),
+    ("use_dora", "yes"),
     ("fan_in_fan_out", "no"),
     ("rank_pattern", []),
     ("rank_pattern", "q_proj"),
@@ -107,7 +109,6 @@ def test_plain_initialisations_are_served(init, folder, base_shape, edit_config)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
         ("use_something_new", True),
@@ -119,7 +120,6 @@ def test_plain_initialisations_are_served(init, folder, base_shape, edit_config)
         ("modules_to_save", ["score"]),
         ("trainable_token_indices", {"embed_tokens": [1]}),
         ("lora_bias", True),
-        ("alora_invocation_tokens", [7]),
     ],
 )
 def test_variants_that_are_not_served_are_refused_by_name(key, value, folder, base_shape, edit_config):
@@ -132,24 +132,82 @@ def test_variants_that_are_not_served_are_refused_by_name(key, value, folder, ba
 @pytest.mark.parametrize("name", ["IA3", "ADALORA", "LOHA", "XLORA", "BOFT", "lora", ""])
 def test_another_peft_type_is_refused_by_name(name, folder, base_shape, edit_config):
     edit_config(folder, peft_type=name)
-    refused(folder, base_shape, rf"peft_type in adapter_config\.json: {name} is not served; expected LORA", "peft_type")
+    refused(
+        folder, base_shape, rf"peft_type in adapter_config\.json: {name} is not served; expected LORA, ", "peft_type"
+    )
+
+
+FAMILIES = ["LORA", "MIXLORA", "MOLA", "LORAMOE", "TOKENWISE", "METEORA"]
+
+
+def test_the_families_that_are_served_are_listed_where_another_is_asked_for(folder, base_shape, edit_config):
+    edit_config(folder, peft_type="VERA")
+    refused(folder, base_shape, f"expected {', '.join(FAMILIES)}", "peft_type")
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "name"),
+    ("strategy", "family"),
     [
-        ("peft_type", "MIXLORA", "MixLoRA"),
-        ("peft_type", "MOLA", "MoLA"),
-        ("peft_type", "METEORA", "MeteoRA"),
-        ("routing_strategy", "mixlora-dynamic", "MixLoRA"),
-        ("routing_strategy", "mixtral", "MixLoRA"),
-        ("routing_strategy", "loramoe", "LoRAMoE"),
-        ("routing_strategy", "dice", "dice"),
+        ("mixlora", "mixlora"),
+        ("mixlora-dynamic", "mixlora"),
+        ("mixlora-switch", "mixlora"),
+        ("mixtral", "mixlora"),
+        ("switch", "mixlora"),
+        ("mola", "mola"),
+        ("loramoe", "loramoe"),
     ],
 )
-def test_mixtures_are_refused_by_name(key, value, name, folder, base_shape, edit_config):
-    edit_config(folder, **{"peft_type": None, key: value})
-    refused(folder, base_shape, rf"{key} in adapter_config\.json: {name} is not served", key)
+def test_the_routing_strategy_tells_the_family_where_there_is_no_type(strategy, family, save_mixture, base_shape):
+    folder = save_mixture(family, peft_type=None, routing_strategy=strategy)
+    assert read_adapter(folder, base_shape).kind == describe_adapter(folder).kind == family
+
+
+@pytest.mark.parametrize("strategy", ["dice", "", "Mixlora", "meteora", "tokenwise", "dense"])
+def test_another_strategy_without_a_type_is_refused_by_name(strategy, folder, base_shape, edit_config):
+    edit_config(folder, peft_type=None, routing_strategy=strategy)
+    refused(folder, base_shape, rf"routing_strategy in .*: {strategy} is not served", "routing_strategy")
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_a_mixture_whose_configuration_says_lora_is_refused(family, save_mixture, base_shape):
+    folder = save_mixture(family.lower(), peft_type="LORA")
+    with pytest.raises(AdapterFileError, match="a tensor of a mixture, but peft_type") as caught:
+        read_adapter(folder, base_shape)
+    assert caught.value.key is not None
+    assert caught.value.key.startswith(family.lower())
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_a_lora_whose_configuration_says_mixture_is_refused(family, folder, base_shape, edit_config):
+    edit_config(folder, peft_type=family, num_experts=2, routing_strategy="mixlora" if family == "MIXLORA" else None)
+    with pytest.raises(AdapterFileError, match=rf"base_model\..*unknown tensor; expected {family.lower()}"):
+        read_adapter(folder, base_shape)
+
+
+@pytest.mark.parametrize("tokens", [[], "1, 2", [1, "2"], [True], [1.0], {"a": 1}, 7, [1] * 1025, [[1]]])
+def test_an_invocation_that_is_no_list_of_tokens_is_refused(tokens, folder, base_shape, edit_config):
+    edit_config(folder, alora_invocation_tokens=tokens)
+    refused(folder, base_shape, "alora_invocation_tokens.*list of 1 to 1024 token ids", "alora_invocation_tokens")
+
+
+def test_an_invocation_with_a_negative_token_is_refused(folder, base_shape, edit_config):
+    edit_config(folder, alora_invocation_tokens=[3, -1])
+    refused(folder, base_shape, "alora_invocation_tokens.*from 0 on, got -1", "alora_invocation_tokens")
+
+
+def test_an_invocation_beyond_the_vocabulary_is_refused_with_its_size(folder, base_shape, edit_config):
+    edit_config(folder, alora_invocation_tokens=[63])
+    assert read_adapter(folder, base_shape).invocation == (63,)
+    edit_config(folder, alora_invocation_tokens=[5, 64])
+    refused(folder, base_shape, "alora_invocation_tokens.*64 is no token.*0 to 63", "alora_invocation_tokens")
+
+
+def test_target_modules_may_say_yes_or_no_to_each_name(folder, base_shape, edit_config):
+    edit_config(folder, target_modules={"q_proj": True, "v_proj": False, "o_proj": True})
+    (warning,) = read_adapter(folder, base_shape).warnings
+    assert "o_proj" in warning
+    edit_config(folder, target_modules={"q_proj": 1})
+    refused(folder, base_shape, "target_modules in", "target_modules")
 
 
 def test_a_configuration_without_a_type_is_lora(folder, base_shape, edit_config):

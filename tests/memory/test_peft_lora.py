@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from loraplex.memory.adapter_errors import AdapterFileError
-from loraplex.memory.adapter_files import describe_adapter, read_adapter
+from loraplex.memory.adapter_files import describe_adapter, identity_of, read_adapter
 from loraplex.memory.adapter_spec import AdapterSpec
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -53,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "monteclora": {"monteclora_config": peft.tuners.lora.config.MontecloraConfig()},
     "dropout": {"lora_dropout": 0.5},
     "wide_rank": {"r": 40},
+    "activated": {"alora_invocation_tokens": [5, 9], "task_type": "CAUSAL_LM"},
 }
 
 
@@ -96,11 +98,24 @@ def test_every_option_adds_what_peft_adds(name, save_peft, make_base, base_shape
     assert spec.warnings == ()
 
 
+def test_an_activated_lora_says_from_which_tokens_on_it_acts(save_peft, base_shape, edit_config):
+    folder, _ = save_peft(**OPTIONS["activated"])
+    spec, summary = read_adapter(folder, base_shape), describe_adapter(folder)
+    assert (spec.kind, spec.invocation) == (summary.kind, summary.invocation) == ("alora", (5, 9))
+    identities = {spec.identity}
+    for tokens in ([9, 5], [5], None):
+        edit_config(folder, alora_invocation_tokens=tokens)
+        identities.add(read_adapter(folder, base_shape).identity)
+    assert len(identities) == 4
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_description_agrees_with_the_full_read(name, save_peft, base_shape):
     folder, _ = save_peft(**OPTIONS[name])
     spec, summary = read_adapter(folder, base_shape), describe_adapter(folder)
     assert (summary.kind, summary.rank, summary.targets) == (spec.kind, spec.rank, spec.targets)
+    assert (summary.num_experts, summary.top_k, summary.routing, summary.scope) == (0, 0, "", None)
+    assert identity_of(folder) == spec.identity
 
 
 def test_fan_in_fan_out_changes_nothing_as_in_peft(save_peft, make_base, base_shape, edit_config):
@@ -162,25 +177,23 @@ def test_a_target_without_tensors_is_a_warning(save_peft, base_shape, edit_confi
     assert "v_proj" in read_adapter(folder, base_shape).warnings[0]
 
 
-def test_copies_of_the_base_are_accepted_where_they_equal_it(save_peft, base_shape):
+def test_copies_of_the_base_are_accepted_where_they_equal_it(save_peft, base_shape, weights_of):
     folder, model = save_peft(target_modules=["embed_tokens", "lm_head"])
     base = model.get_base_model()
-    weights = {
-        "embed_tokens": base.model.embed_tokens.get_base_layer().weight.detach(),
-        "lm_head": base.lm_head.get_base_layer().weight.detach(),
-    }
-    spec = read_adapter(folder, base_shape, base_weights=weights)
+    spec = read_adapter(folder, base_shape, base_weights=weights_of(base))
     assert_same(our_deltas(spec), peft_deltas(model))
-    rounded = {site: weight.bfloat16() for site, weight in weights.items()}
-    assert read_adapter(folder, base_shape, base_weights=rounded).identity == spec.identity
+    rounded = read_adapter(folder, base_shape, base_weights=weights_of(copy.deepcopy(base).bfloat16()))
+    assert rounded.identity == spec.identity
 
 
-def test_copies_of_another_base_are_refused(save_peft, base_shape):
-    folder, model = save_peft(target_modules=["lm_head"])
-    other = model.get_base_model().lm_head.get_base_layer().weight.detach() + 1
-    for weights in ({"lm_head": other}, {"lm_head": other[1:]}):
+def test_copies_of_another_base_are_refused(save_peft, base_shape, make_base, weights_of):
+    folder, _ = save_peft(target_modules=["lm_head"])
+    shifted, shorter = make_base(), make_base()
+    shifted.lm_head.weight.data += 1
+    shorter.lm_head.weight.data = shorter.lm_head.weight.data[1:]
+    for base in (shifted, shorter):
         with pytest.raises(AdapterFileError, match=r"lm_head\.base_layer\.weight.*differs") as caught:
-            read_adapter(folder, base_shape, base_weights=weights)
+            read_adapter(folder, base_shape, base_weights=weights_of(base))
         assert caught.value.key == "base_model.model.lm_head.base_layer.weight"
 
 
@@ -191,7 +204,6 @@ def test_copies_of_the_base_are_refused_where_there_is_nothing_to_compare(save_p
 
 
 UNSERVED = {
-    "use_dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True},
     "bias": {"bias": "lora_only"},
     "kasa_config": {"kasa_config": peft.tuners.lora.config.KasaConfig()},
@@ -199,7 +211,6 @@ UNSERVED = {
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
-    "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
     "target_parameters": {"target_parameters": ["mlp.up_proj.weight"]},
     "init_lora_weights": {"init_lora_weights": "pissa"},
 }
@@ -211,15 +222,6 @@ def test_what_peft_saves_but_is_not_served_is_refused_by_name(key, save_peft, ba
     with pytest.raises(AdapterFileError, match=key) as caught:
         read_adapter(folder, base_shape)
     assert caught.value.key == key
-
-
-def test_dora_is_refused_by_name(save_peft, base_shape, edit_config):
-    folder, _ = save_peft(use_dora=True)
-    with pytest.raises(AdapterFileError, match="DoRA is not served yet"):
-        read_adapter(folder, base_shape)
-    edit_config(folder, use_dora=False)
-    with pytest.raises(AdapterFileError, match=r"lora_magnitude_vector: DoRA is not served yet"):
-        read_adapter(folder, base_shape)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,10 @@ BROKEN = [
     pytest.param(_replace(A, torch.ones(4, 32).int()), A, "int32.*expected float16", id="integers"),
     pytest.param(_replace(A, torch.ones(4, 32).to(torch.float8_e4m3fn)), A, "float8.*expected float16", id="float8"),
     pytest.param(_rename(A, f"{KEY}.lora_C.weight"), "lora_C", "unknown tensor", id="unknown half"),
-    pytest.param(_rename(A, A.replace("q_proj", "qkv_proj")), "qkv_proj", "unknown tensor", id="unknown module"),
+    pytest.param(_rename(A, A.replace("q_proj", "x_proj")), "x_proj", "unknown tensor", id="unknown module"),
+    pytest.param(_rename(A, A.replace("q_proj", "qkv_proj")), "qkv_proj", "Phi-3.*not served", id="fused attention"),
+    pytest.param(_rename(A, A.replace("q_proj", "gate_up_proj")), "gate_up_proj", "Phi-3.*not served", id="fused mlp"),
+    pytest.param(_rename(A, A.replace("q_proj", "dense")), "dense", "linear of Phi, which", id="Phi"),
     pytest.param(_rename(A, A.replace("self_attn", "mlp")), "mlp.q_proj", "unknown tensor", id="wrong block"),
     pytest.param(_rename(A, A.replace("base_model.model.", "")), "model.layers.1", "unknown tensor", id="no prefix"),
     pytest.param(_rename(A, A.replace("layers.1", "layers.01")), "layers.01", "unknown tensor", id="padded layer"),
@@ -276,7 +281,7 @@ BROKEN = [
     pytest.param(_rename(A, f"{KEY}.lora_embedding_A"), "lora_embedding_A", "unknown tensor", id="embedding half"),
     pytest.param(_rename(A, f"{KEY}.weight"), "q_proj.weight", "base model", id="base weight"),
     pytest.param(_rename(A, f"{KEY}.bias"), "q_proj.bias", "biases", id="bias"),
-    pytest.param(_rename(A, "mixlora.layers.0.mlp.moe_gate.weight"), "mixlora", "mixtures", id="mixture"),
+    pytest.param(_rename(A, "mixlora.layers.0.mlp.moe_gate.weight"), "mixlora", "peft_type", id="mixture"),
     pytest.param(lambda t: t.clear(), "adapter_model.safetensors", "no LoRA tensors", id="empty"),
 ]
 

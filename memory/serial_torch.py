@@ -1,0 +1,23 @@
+"""Computing in the calling thread alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch from sharing out this thread's operations to others.
+
+    A loader that waits for threads which the model keeps busy takes many times as long, and slows the model. torch
+    keeps the number for each thread; only threads that use torch for the first time meanwhile would inherit it.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
