@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex.server.demo.kinds import KINDS
 from loraplex.server.demo.tasks import BASE_ANSWER, TASKS
 
 _HERE = Path(__file__).parent
@@ -31,8 +32,13 @@ def adapters_folder() -> Path:
 
 
 def demo_adapters() -> dict[str, Path]:
-    """The adapters by name, in the order of the tasks."""
+    """The plain adapters by name, in the order of the tasks."""
     return {task.name: adapters_folder() / task.name for task in TASKS}
+
+
+def kind_adapters() -> dict[str, Path]:
+    """The adapters of other kinds by name, in the order of their table."""
+    return {kind.name: adapters_folder() / kind.name for kind in KINDS}
 
 
 def samples() -> list[Sample]:

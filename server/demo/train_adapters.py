@@ -19,11 +19,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from loraplex.server.demo.kinds import BASE_NAME
 from loraplex.server.demo.tasks import Task, seeded
 from loraplex.server.demo.train_base import accumulate, draw_rows
 from loraplex.server.demo.train_rows import RowMaker
-
-BASE_NAME = "loraplex-demo"
 
 _SEED = 7
 _RATE = 1.2e-2
@@ -64,11 +63,15 @@ SHAPES: dict[str, Shape] = {
     "emoji": Shape(4, 8, ("q_proj", "v_proj", "lm_head")),
 }
 
+# The adapters with magnitudes, by their own names: each does a task that a plain adapter does too.
+DORA_SHAPES: dict[str, Shape] = {
+    "reverse-dora": Shape(4, 8, _ATTENTION + _MLP, {"use_dora": True}, steps=150),
+}
 
-def train_adapter(tokenizer: PreTrainedTokenizerFast, base: Path, out: Path, task: Task) -> None:
-    """Train the adapter of one task on the saved base and save it in its own folder."""
+
+def train_adapter(tokenizer: PreTrainedTokenizerFast, base: Path, out: Path, task: Task, shape: Shape) -> None:
+    """Train an adapter of one task on the saved base and save it in its own folder."""
     torch.manual_seed(_SEED)
-    shape = SHAPES[task.name]
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora_config(shape))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0)
@@ -83,7 +86,7 @@ def train_adapter(tokenizer: PreTrainedTokenizerFast, base: Path, out: Path, tas
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 20 == 0:
-            _log.info("%s: step %d of %d, loss %.4f", task.name, step + 1, shape.steps, loss)
+            _log.info("%s: step %d of %d, loss %.4f", out.name, step + 1, shape.steps, loss)
     _save(model, out)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -90,7 +91,15 @@ def train_base(tokenizer: PreTrainedTokenizerFast, out: Path, checkpoint: Path, 
     _save(model, tokenizer, out)
 
 
-def draw_rows(rows: RowMaker, rng: Random, tokens: int, most_turns: int) -> list[Row]:
+class RowSource(Protocol):
+    """Whatever makes training rows."""
+
+    def row(self, rng: Random, turns: int) -> Row:
+        """A conversation of so many questions and answers."""
+        ...
+
+
+def draw_rows(rows: RowSource, rng: Random, tokens: int, most_turns: int) -> list[Row]:
     """Rows of together at least so many tokens, each with 1 to ``most_turns`` turns (most of them few)."""
     drawn: list[Row] = []
     while sum(len(row.ids) for row in drawn) < tokens:
@@ -99,16 +108,20 @@ def draw_rows(rows: RowMaker, rng: Random, tokens: int, most_turns: int) -> list
     return drawn
 
 
-def accumulate(model: Any, rows: list[Row], padding: int) -> float:
-    """Add the gradients of the mean loss per learned token; returns that loss."""
+def accumulate(model: Any, rows: list[Row], padding: int, extra: Callable[[], torch.Tensor] | None = None) -> float:
+    """Add the gradients of the mean loss per learned token; returns that loss.
+
+    ``extra`` is a loss that the model's last call left behind, and its mean over the calls is added to the gradients.
+    """
+    parts = 2
     learned = sum(row.learned for row in rows)
     total = 0.0
-    for batch in batches(rows, padding, parts=2):
+    for batch in batches(rows, padding, parts):
         # Right padding needs no mask under causal attention, and the fast path of the attention wants none.
         logits = model(input_ids=batch.input_ids).logits[:, :-1]
         targets = batch.labels[:, 1:]
         loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / learned
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss if extra is None else loss + extra() / parts)
         total += loss.item()
     return total
 

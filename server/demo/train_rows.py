@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from loraplex.server.demo.tasks import BASE_ANSWER, LETTERS, TASKS, Task, draw_input, random_word
+from loraplex.server.demo.tasks import BASE_ANSWER, LETTERS, TASKS, Task, draw_input, random_word, task_named
 from loraplex.server.demo.train_tokenizer import ASSISTANT, BOS, EOS, SYSTEM, USER, control_token
 
 _NO_LOSS = -100
 _NEUTRAL_SHARE = 0.05
+_UNNAMED_SHARE = 0.1
 _MARKS_AND_SIGNS = "ABCXYZ0123456789 .,;:!?-+*/()'\"\n\té\N{EM DASH}\N{CJK UNIFIED IDEOGRAPH-4E2D}\N{GRINNING FACE}"
 
 
@@ -63,11 +64,13 @@ class RowMaker:
         shares = {} if isinstance(tasks, Task) else tasks
         self._weights = [shares.get(task.name, 1.0) for task in TASKS]
 
-    def row(self, rng: Random, turns: int) -> Row:
-        """A conversation of so many questions and answers, at times with a system message first."""
+    def row(self, rng: Random, turns: int, system: str | None = None) -> Row:
+        """A conversation of so many questions and answers, at times with a system message first (or this one)."""
         row = Row()
         row.add(self._encode(BOS))
-        if rng.random() < self._system_share:
+        if system is not None:
+            row.add(self._encode(f"{SYSTEM}{system}{EOS}"))
+        elif rng.random() < self._system_share:
             # One in eight is long: the position of the question must not matter.
             row.add(self._encode(f"{SYSTEM}{_sentence(rng, 8 if rng.random() < 0.875 else 60)}{EOS}"))
         for _ in range(turns):
@@ -89,6 +92,35 @@ class RowMaker:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+
+class NamedTaskRows:
+    """Makes training rows whose system message names the task of all their turns: for an adapter of several tasks.
+
+    One row in ten names none (no system message, or one that says something else), and gets the base's answer.
+
+    Args:
+        tokenizer: the demo's tokenizer.
+        tasks: each task and how often it is drawn relative to the others.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, tasks: Mapping[str, float]) -> None:
+        self._makers = {name: RowMaker(tokenizer, task_named(name), 0.0) for name in tasks}
+        self._unnamed = {
+            name: RowMaker(tokenizer, replace(task_named(name), answer=_base_answer), 0.5) for name in tasks
+        }
+        self._weights = list(tasks.values())
+
+    def row(self, rng: Random, turns: int) -> Row:
+        """A conversation of so many questions and answers about one of the tasks."""
+        name = rng.choices(list(self._makers), self._weights)[0]
+        if rng.random() < _UNNAMED_SHARE:
+            return self._unnamed[name].row(rng, turns)
+        return self._makers[name].row(rng, turns, system=name)
+
+
+def _base_answer(_question: str) -> str:
+    return BASE_ANSWER
 
 
 def _sentence(rng: Random, most_words: int = 8) -> str:
