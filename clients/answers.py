@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from loraplex.clients.types import Adapter, Choice, Completion, Json, Model, Page, StreamEvent, Usage
+from loraplex.clients.types import Adapter, Choice, Completion, Json, Model, Page, RouterRun, StreamEvent, Usage
 
 REQUEST_ID_HEADER = "x-request-id"
 
@@ -64,6 +64,7 @@ def adapter_object(item: Json) -> Adapter:
         identity=item.get("identity"),
         kind=item.get("kind"),
         rank=item.get("rank"),
+        num_experts=item.get("num_experts"),
         targets=None if targets is None else tuple(targets),
         bytes=item.get("bytes"),
         pages=item.get("pages"),
@@ -81,6 +82,8 @@ def model_object(item: Json) -> Model:
         root=item.get("root"),
         parent=item.get("parent"),
         max_model_len=item.get("max_model_len"),
+        kind=item.get("kind"),
+        num_experts=item.get("num_experts"),
         raw=item,
     )
 
@@ -110,7 +113,19 @@ def _whole(response: httpx2.Response, text_of: Callable[[Any], str]) -> Completi
 
 
 def _choice(choice: Json, text_of: Callable[[Any], str]) -> Choice:
-    return Choice(choice["index"], text_of(choice), choice.get("finish_reason"), choice.get("logprobs"))
+    routing = tuple(_run(run) for run in choice.get("routing") or ())
+    return Choice(choice["index"], text_of(choice), choice.get("finish_reason"), choice.get("logprobs"), routing)
+
+
+def _run(run: Json) -> RouterRun:
+    return RouterRun(
+        adapter=run["adapter"],
+        layer=run["layer"],
+        site=run["site"],
+        start=run["start"],
+        experts=tuple(map(tuple, run["experts"])),
+        weights=tuple(map(tuple, run["weights"])),
+    )
 
 
 def _piece(chunk: Json, text_of: Callable[[Any], str]) -> StreamEvent:
@@ -118,7 +133,7 @@ def _piece(chunk: Json, text_of: Callable[[Any], str]) -> StreamEvent:
     if not chunk["choices"]:
         return StreamEvent("", None, usage=usage, raw=chunk)
     piece = _choice(chunk["choices"][0], text_of)
-    return StreamEvent(piece.text, piece.index, piece.finish_reason, piece.logprobs, usage, chunk)
+    return StreamEvent(piece.text, piece.index, piece.finish_reason, piece.logprobs, piece.routing, usage, chunk)
 
 
 def _usage(usage: Any) -> Usage | None:

@@ -15,7 +15,7 @@ from loraplex.clients.calls import Ask, Call, StreamCall
 from loraplex.clients.connection import DEFAULT_TIMEOUT, DEFAULT_URL, Connection
 from loraplex.clients.errors import NOT_HEALTHY, LoraplexClientError
 from loraplex.clients.failures import connection_errors, failed_answer, read_answer
-from loraplex.clients.options import CompletionOptions, GenerationOptions
+from loraplex.clients.options import AdapterId, CompletionOptions, GenerationOptions
 from loraplex.clients.retries import pause_before_retry
 from loraplex.clients.sse import EventReader
 from loraplex.clients.streams import AsyncStream
@@ -66,13 +66,16 @@ class AsyncClient:
         await self._http.aclose()
 
     async def generate(
-        self, prompt: str | Sequence[int], *, adapter_id: str | None = None, **options: Unpack[CompletionOptions]
+        self, prompt: str | Sequence[int], *, adapter_id: AdapterId | None = None, **options: Unpack[CompletionOptions]
     ) -> Completion:
-        """Continue a text, or a list of token ids, with an adapter, or with the base model where none is named."""
+        """Continue a text, or a list of token ids, with an adapter, or with the base model where none is named.
+
+        ``adapter_id`` may be a mix, too: ``{"formal": 0.7, "short": 0.3}``.
+        """
         return await self._send(calls.complete(prompt, adapter_id, options))
 
     def stream(
-        self, prompt: str | Sequence[int], *, adapter_id: str | None = None, **options: Unpack[CompletionOptions]
+        self, prompt: str | Sequence[int], *, adapter_id: AdapterId | None = None, **options: Unpack[CompletionOptions]
     ) -> AsyncStream:
         """``generate``, piece by piece as it comes."""
         return AsyncStream(self._events(calls.stream_completion(prompt, adapter_id, options)))
@@ -81,7 +84,7 @@ class AsyncClient:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        adapter_id: str | None = None,
+        adapter_id: AdapterId | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Completion:
         """Answer a conversation: ``[{"role": "user", "content": "..."}]``."""
@@ -91,7 +94,7 @@ class AsyncClient:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        adapter_id: str | None = None,
+        adapter_id: AdapterId | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncStream:
         """``chat``, piece by piece as it comes."""

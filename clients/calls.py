@@ -10,7 +10,7 @@ from urllib.parse import quote
 import httpx2
 
 from loraplex.clients import answers
-from loraplex.clients.options import CompletionOptions, GenerationOptions, chat_body, completion_body
+from loraplex.clients.options import AdapterId, CompletionOptions, GenerationOptions, chat_body, completion_body
 from loraplex.clients.types import Adapter, Completion, Json, Model, Page, StreamEvent
 
 T = TypeVar("T")
@@ -56,25 +56,29 @@ class StreamCall:
     read: Callable[[Json], StreamEvent]
 
 
-def complete(prompt: str | Sequence[int], adapter_id: str | None, options: CompletionOptions) -> Call[Completion]:
+def complete(prompt: str | Sequence[int], adapter_id: AdapterId | None, options: CompletionOptions) -> Call[Completion]:
     """``Client.generate``."""
     body = completion_body(prompt, adapter_id, options)
     return Call(Ask(method="POST", path="/v1/completions", body=body), answers.completion)
 
 
-def chat(messages: Sequence[Mapping[str, Any]], adapter_id: str | None, options: GenerationOptions) -> Call[Completion]:
+def chat(
+    messages: Sequence[Mapping[str, Any]], adapter_id: AdapterId | None, options: GenerationOptions
+) -> Call[Completion]:
     """``Client.chat``."""
     body = chat_body(messages, adapter_id, options)
     return Call(Ask(method="POST", path="/v1/chat/completions", body=body), answers.chat_completion)
 
 
-def stream_completion(prompt: str | Sequence[int], adapter_id: str | None, options: CompletionOptions) -> StreamCall:
+def stream_completion(
+    prompt: str | Sequence[int], adapter_id: AdapterId | None, options: CompletionOptions
+) -> StreamCall:
     """``Client.stream``: as ``generate``, with the usage at the end."""
     return StreamCall(_streamed(complete(prompt, adapter_id, options).ask), answers.completion_chunk)
 
 
 def stream_chat(
-    messages: Sequence[Mapping[str, Any]], adapter_id: str | None, options: GenerationOptions
+    messages: Sequence[Mapping[str, Any]], adapter_id: AdapterId | None, options: GenerationOptions
 ) -> StreamCall:
     """``Client.stream_chat``: as ``chat``, with the usage at the end."""
     return StreamCall(_streamed(chat(messages, adapter_id, options).ask), answers.chat_chunk)

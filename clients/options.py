@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+AdapterId = str | Mapping[str, float] | Sequence[tuple[str, float]]
+"""An adapter's name, or a mix: adapters with their weights, as ``{"a": 0.7, "b": 0.3}`` or as pairs."""
+
 
 class GenerationOptions(TypedDict, total=False):
     """What ``chat`` and ``generate`` take by name. None is as good as absent: the server's default holds.
@@ -25,6 +28,7 @@ class GenerationOptions(TypedDict, total=False):
         logit_bias: added to the logits of tokens, by their ids.
         ignore_eos: go on to ``max_tokens`` whatever the model says.
         min_tokens: fewest tokens before a choice may end.
+        return_routing: tell which experts the routers of the adapter chose for each token.
         extra: further fields of the body, as they are; they win over all others.
     """
 
@@ -43,6 +47,7 @@ class GenerationOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | Mapping[str, float] | None
     ignore_eos: bool | None
     min_tokens: int | None
+    return_routing: bool | None
     extra: Mapping[str, Any] | None
 
 
@@ -52,7 +57,9 @@ class CompletionOptions(GenerationOptions, total=False):
     echo: bool | None
 
 
-def completion_body(prompt: str | Sequence[int], adapter_id: str | None, options: CompletionOptions) -> dict[str, Any]:
+def completion_body(
+    prompt: str | Sequence[int], adapter_id: AdapterId | None, options: CompletionOptions
+) -> dict[str, Any]:
     """Body of ``POST /v1/completions``; TypeError for an option that there is not."""
     fields = _fields(options, CompletionOptions)
     fields["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
@@ -60,7 +67,7 @@ def completion_body(prompt: str | Sequence[int], adapter_id: str | None, options
 
 
 def chat_body(
-    messages: Sequence[Mapping[str, Any]], adapter_id: str | None, options: GenerationOptions
+    messages: Sequence[Mapping[str, Any]], adapter_id: AdapterId | None, options: GenerationOptions
 ) -> dict[str, Any]:
     """Body of ``POST /v1/chat/completions``; TypeError for an option that there is not."""
     fields = _fields(options, GenerationOptions)
@@ -70,8 +77,11 @@ def chat_body(
     return fields | _adapter(adapter_id) | dict(options.get("extra") or {})
 
 
-def _adapter(adapter_id: str | None) -> dict[str, Any]:
-    return {} if adapter_id is None else {"adapter_id": adapter_id}
+def _adapter(adapter_id: AdapterId | None) -> dict[str, Any]:
+    if adapter_id is None or isinstance(adapter_id, str):
+        return {} if adapter_id is None else {"adapter_id": adapter_id}
+    parts = adapter_id.items() if isinstance(adapter_id, Mapping) else adapter_id
+    return {"adapter_id": {"adapters": [{"id": name, "weight": weight} for name, weight in parts]}}
 
 
 def _fields(options: Mapping[str, Any], accepted: type[Any]) -> dict[str, Any]:

@@ -24,18 +24,41 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterRun:
+    """What one router chose for consecutive tokens, prompt and answer counted together.
+
+    Attributes:
+        adapter: whose router it is.
+        layer: None for a router that decides once for all layers.
+        site: "token" for such a router, "mlp" for a mixture of feed-forward networks, else the name of a linear.
+        start: the first token, counted from the start of the prompt.
+        experts: for each token, those chosen, best first.
+        weights: for each token, the weights of these.
+    """
+
+    adapter: str
+    layer: int | None
+    site: str
+    start: int
+    experts: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One of the ``n`` texts of an answer.
 
     Attributes:
         finish_reason: "stop" or "length".
         logprobs: as the API writes them, where they were asked for.
+        routing: what routers chose, where it was asked for; those of the prompt are with the first choice.
     """
 
     index: int
     text: str
     finish_reason: str | None
     logprobs: Json | None = None
+    routing: tuple[RouterRun, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +93,11 @@ class Completion:
         """Log-probabilities of the first choice, as the API writes them."""
         return self.choices[0].logprobs
 
+    @property
+    def routing(self) -> tuple[RouterRun, ...]:
+        """What routers chose for the prompt and the first choice, where it was asked for."""
+        return self.choices[0].routing
+
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
@@ -80,6 +108,7 @@ class StreamEvent:
         index: which of the ``n`` choices; None in the last event, which tells the usage alone.
         finish_reason: in the last piece of a choice, why it ended.
         logprobs: of this piece, as the API writes them, where they were asked for.
+        routing: what routers chose for the tokens computed since the last piece, where it was asked for.
         usage: in the last event.
         raw: the event as it came.
     """
@@ -88,6 +117,7 @@ class StreamEvent:
     index: int | None = 0
     finish_reason: str | None = None
     logprobs: Json | None = None
+    routing: tuple[RouterRun, ...] = ()
     usage: Usage | None = None
     raw: Json = field(default_factory=dict, repr=False, compare=False)
 
@@ -102,6 +132,7 @@ class Adapter:
         revision: counts the registrations.
         tier: where its weights are now: "disk", "host" or "pool".
         identity: hash of what it computes; equal for equal adapters, whatever their names.
+        num_experts: 0 for an adapter without a router.
         targets: adapted matrices.
         bytes: size of its weights on the host.
         pages: what it takes of the pool.
@@ -118,6 +149,7 @@ class Adapter:
     identity: str | None = None
     kind: str | None = None
     rank: int | None = None
+    num_experts: int | None = None
     targets: tuple[str, ...] | None = None
     bytes: int | None = None
     pages: int | None = None
@@ -133,6 +165,8 @@ class Model:
     Attributes:
         root: where it was read from.
         max_model_len: longest context in tokens, once the server is ready.
+        kind: of an adapter, once it was read by a load.
+        num_experts: likewise.
     """
 
     id: str
@@ -140,6 +174,8 @@ class Model:
     root: str | None = None
     parent: str | None = None
     max_model_len: int | None = None
+    kind: str | None = None
+    num_experts: int | None = None
     raw: Json = field(default_factory=dict, repr=False, compare=False)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from loraplex.server.adapter_registry import AdapterRegistry, RegisteredAdapter
+from loraplex.server.adapter_registry import AdapterRegistry, RegisteredAdapter, check_path
 from loraplex.server.engine_client import EngineClient
 from loraplex.server.errors import ConflictError, InvalidRequestError, ModelNotFoundError
 from loraplex.server.lifecycle import check_ready
@@ -34,6 +34,7 @@ class AdapterAdmin:
             ConflictError: the name stands for another path.
         """
         self._registry.check_name(name, params[0])
+        check_path(path, params[1])
         check_ready(self._engine)
         folder = await asyncio.to_thread(self._folder, path, params[1])
         async with self._lock(name):

@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from loraplex.memory.adapter_name import name_problem
+from loraplex.memory.merge_recipe import PREFIX
 from loraplex.server.errors import InvalidRequestError, ModelNotFoundError
 from loraplex.server.messages import AdapterInfo, AdapterRef
 
-MAX_NAME_LENGTH = 256
+MAX_SHOWN = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class AdapterRegistry:
         """Registers adapters without reading them; their files are read on first use."""
         for ref in refs:
             self.check_name(ref.name)
+            check_path(ref.path, "lora_path")
             self.register(ref)
 
     def register(self, ref: AdapterRef, info: AdapterInfo | None = None) -> RegisteredAdapter:
@@ -73,16 +76,12 @@ class AdapterRegistry:
 
     def check_name(self, name: str, param: str = "lora_name") -> None:
         """Refuses names that could be mistaken for a path, a list or the base model."""
-        if fault := _name_fault(name):
-            raise InvalidRequestError(
-                f"'{param}' {fault}; an adapter name is 1 to {MAX_NAME_LENGTH} printable characters without slashes,"
-                " backslashes, commas and outer spaces.",
-                param=param,
-            )
+        if problem := name_problem(name):
+            raise InvalidRequestError(f"'{param}' is not accepted: {problem}.", param=param)
         if name == self.base_name:
             raise InvalidRequestError(f"'{param}' is the name of the base model; choose another.", param=param)
 
-    def resolve(self, model: str | None, adapter_id: str | None) -> RegisteredAdapter | None:
+    def resolve(self, model: str | None, adapter_id: str | None = None) -> RegisteredAdapter | None:
         """The adapter that a request asks for; None is the base model.
 
         ``adapter_id`` empty or absent leaves the choice to ``model``, which is the base model's name or empty, an
@@ -92,10 +91,10 @@ class AdapterRegistry:
             ModelNotFoundError: no such name.
             InvalidRequestError: the two name different adapters.
         """
-        by_model = self._find(model, "model") if model else None
+        by_model = self.find(model, "model") if model else None
         if not adapter_id:
             return by_model
-        by_id = self._find(adapter_id, "adapter_id")
+        by_id = self.find(adapter_id, "adapter_id")
         if by_model is not None and (by_id is None or by_id.ref.name != by_model.ref.name):
             raise InvalidRequestError(
                 f"'adapter_id' is '{adapter_id}' but 'model' names the adapter '{by_model.ref.name}'; give one of them,"
@@ -104,7 +103,8 @@ class AdapterRegistry:
             )
         return by_id
 
-    def _find(self, name: str, param: str) -> RegisteredAdapter | None:
+    def find(self, name: str, param: str) -> RegisteredAdapter | None:
+        """The adapter of a name; None for the base model's. ModelNotFoundError if there is neither."""
         if name == self.base_name:
             return None
         found = self._adapters.get(name) or self._adapters.get(name.removeprefix(f"{self.base_name}:"))
@@ -114,18 +114,14 @@ class AdapterRegistry:
 
 
 def _not_found(name: str, param: str) -> str:
-    shown = name if len(name) <= MAX_NAME_LENGTH else name[:MAX_NAME_LENGTH] + "..."
+    shown = name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "..."
     kind = "model or adapter" if param == "model" else "adapter"
     return f"The {kind} '{shown}' does not exist; GET /v1/models lists what is served."
 
 
-def _name_fault(name: str) -> str | None:
-    if not name:
-        return "is empty"
-    if len(name) > MAX_NAME_LENGTH:
-        return f"has {len(name)} characters"
-    if name != name.strip() or not name.isprintable():
-        return "holds outer spaces or characters that cannot be printed"
-    if name in {".", ".."} or any(letter in name for letter in "/\\,"):
-        return "holds a character that is not accepted"
-    return None
+def check_path(path: str, param: str) -> None:
+    """Refuses a path that the engine would read as the recipe of a merged adapter."""
+    if path.startswith(PREFIX):
+        raise InvalidRequestError(
+            f"'{param}' begins with '{PREFIX}', which is kept for merged adapters; accepted is a folder.", param=param
+        )

@@ -9,10 +9,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from loraplex.server.adapter_choice import AdapterChoice
 from loraplex.server.choice_text import Delta, Finish, LogprobEntry
 from loraplex.server.generation import Generation
 from loraplex.server.generation_job import Target
-from loraplex.server.messages import AdapterRef, EngineInfo
+from loraplex.server.messages import EngineInfo, RouterChoice
 from loraplex.server.schemas import GenerationRequest
 from loraplex.server.sse import event
 
@@ -46,6 +47,7 @@ class FinishedChoice:
     text: str = ""
     entries: list[LogprobEntry] = field(default_factory=list)
     finish_reason: Finish | None = None
+    routing: list[RouterChoice] = field(default_factory=list)
 
 
 class AnswerShape(Protocol):
@@ -74,20 +76,21 @@ class UsageChunks:
     always: bool = False
 
 
-def fingerprint(info: EngineInfo, adapter: AdapterRef | None) -> str:
-    """``system_fingerprint``: changes with the base model, its dtype and the adapter's registration."""
+def fingerprint(info: EngineInfo, chosen: AdapterChoice) -> str:
+    """``system_fingerprint``: changes with the base model, its dtype, and the adapters' registrations and weights."""
     parts = [info.model_path, info.architecture, info.dtype, info.device]
-    if adapter is not None:
-        parts += [adapter.name, adapter.path, str(adapter.revision)]
+    for part in chosen.parts:
+        parts += [part.adapter.name, part.adapter.path, str(part.adapter.revision), repr(part.weight)]
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def head_of(body: GenerationRequest, answer_id: str, base_name: str, target: Target) -> AnswerHead:
-    """The head of an answer. ``model`` is what the client asked for."""
+    """The head of an answer. ``model`` is what the client asked for; where it lists adapters, the base's name."""
+    asked = body.model or (body.adapter_id if isinstance(body.adapter_id, str) else None)
     return AnswerHead(
         id=answer_id,
-        model=body.model or body.adapter_id or base_name,
-        fingerprint=fingerprint(target.info, target.adapter),
+        model=asked or base_name,
+        fingerprint=fingerprint(target.info, target.chosen),
         service_tier="default" if body.service_tier is not None else None,
     )
 
@@ -101,6 +104,7 @@ async def whole_answer(generation: Generation, head: AnswerHead, shape: AnswerSh
             choice.text += delta.text
             choice.entries += delta.entries
             choice.finish_reason = delta.finish_reason
+            choice.routing += delta.routing
     return head.of_kind(shape.body_kind) | {
         "choices": [shape.body_choice(index, choice) for index, choice in enumerate(choices)],
         "usage": generation.usage,

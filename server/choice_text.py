@@ -2,8 +2,9 @@
 
 A log-probability entry goes out with the first character of its token's text; an entry without text of its own goes
 out as soon as nothing is held back before it. When a stop string matches, tokens whose text starts at or behind the cut
-lose their entries (with ``keep_stop`` the cut lies behind the stop string). Tokens are counted all the same: they were
-generated. An end-of-sequence or stop token keeps its entry, though not its text.
+lose their entries (with ``keep_stop`` the cut lies behind the stop string). Tokens are counted all the same, and the
+choices of routers are told for all of them: they were computed. An end-of-sequence or stop token keeps its entry,
+though not its text.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal
 
 from loraplex.server.detokenizer import Detokenizer
 from loraplex.server.generation_job import TextOptions
-from loraplex.server.messages import TokenLogprob, TokenOutput
+from loraplex.server.messages import RouterChoice, TokenLogprob, TokenOutput
 from loraplex.server.stop_strings import StopScanner
 
 Finish = Literal["stop", "length"]
@@ -33,13 +34,17 @@ class LogprobEntry:
 
 @dataclass(slots=True)
 class Delta:
-    """What a choice gained: text, entries where asked for, and its end. ``num_tokens`` are those it stands for."""
+    """What a choice gained: text, entries and routing where asked for, and its end.
+
+    ``num_tokens`` are those it stands for.
+    """
 
     index: int
     text: str = ""
     entries: list[LogprobEntry] = field(default_factory=list)
     num_tokens: int = 0
     finish_reason: Finish | None = None
+    routing: list[RouterChoice] = field(default_factory=list)
 
 
 class ChoiceText:
@@ -64,6 +69,7 @@ class ChoiceText:
 
     def accept(self, output: TokenOutput) -> Delta | None:
         """Takes new tokens; returns a delta when one is due."""
+        self._delta.routing += output.routing or []
         last = len(output.token_ids) - 1
         for at, token_id in enumerate(output.token_ids):
             hidden = at == last and output.finish_reason == "stop" and not self._options.keep_stop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from loraplex.clients.client import Client
 from loraplex.clients.connection import DEFAULT_URL
-from loraplex.clients.errors import LoraplexClientError
+from loraplex.clients.errors import ErrorDetails, InvalidConfiguration, LoraplexClientError
 from loraplex.clients.options import GenerationOptions
 from loraplex.clients.types import StreamEvent
 from loraplex.server.cli_options import ApiKey, Url
@@ -25,7 +26,8 @@ with contextlib.suppress(ImportError):
     import readline  # noqa: F401 (gives input() its line editing and history)
 
 HELP = """\
-/adapter NAME  talk to another adapter, in a new conversation; without NAME to the base model
+/adapter NAME  talk to another adapter, in a new conversation; without NAME to the base model;
+               NAME=WEIGHT,NAME=WEIGHT is a mix of adapters
 /adapters      list the adapters
 /new           begin a new conversation
 /help          this
@@ -39,7 +41,9 @@ ReadLine = Callable[[str], str]
 def chat(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
-    adapter: Annotated[str | None, typer.Option("--adapter", help="Adapter to talk to.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="Adapter to talk to, or a mix: NAME=WEIGHT,NAME=WEIGHT.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")] = None,
@@ -93,15 +97,20 @@ class Conversation:
         self.turns.clear()
 
     def switch(self, adapter: str | None) -> None:
-        """Talk to another adapter from now on; AdapterNotFound if there is none of that name."""
-        if adapter is not None:
-            self.client.get_adapter(adapter)
+        """Talk to another adapter, or to a mix, from now on.
+
+        Raises:
+            AdapterNotFound: there is none of that name.
+            InvalidConfiguration: a weight of the mix is no number.
+        """
+        for name in names_of(adapter):
+            self.client.get_adapter(name)
         self.adapter = adapter
         self.begin()
 
     def _stream(self, question: dict[str, str], heard: list[str], hear: Callable[[StreamEvent], None]) -> None:
         messages = [*self._before(), question]
-        with self.client.stream_chat(messages, adapter_id=self.adapter, **self.options) as stream:
+        with self.client.stream_chat(messages, adapter_id=mix_of(self.adapter), **self.options) as stream:
             for event in stream:
                 heard.append(event.text)
                 hear(event)
@@ -193,6 +202,33 @@ def _answer_once(conversation: Conversation) -> None:
         fail("the input is empty; accepted is a prompt on the standard input")
     conversation.ask(prompt, lambda event: typer.echo(event.text, nl=False))
     typer.echo()
+
+
+def mix_of(adapter: str | None) -> str | list[tuple[str, float]] | None:
+    """What was typed as an adapter: a name, or the parts of a mix between commas; a part without a weight weighs 1.
+
+    A comma tells them apart: no adapter's name has one, but it may hold an equals sign.
+    """
+    if adapter is None or "," not in adapter:
+        return adapter
+    return [_weighted(part.strip()) for part in adapter.split(",")]
+
+
+def names_of(adapter: str | None) -> list[str]:
+    """The adapters that were typed; none for the base model."""
+    mix = mix_of(adapter)
+    return [mix] if isinstance(mix, str) else [name for name, _ in mix or ()]
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    name, equals, weight = part.rpartition("=")
+    if not equals:
+        return part, 1.0
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(weight)):
+            return name, number
+    message = f"the weight of {name!r} in a mix is {weight!r}; accepted is a number, as in {name}=0.5"
+    raise InvalidConfiguration(ErrorDetails(message, param="adapter"))
 
 
 def printable(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from loraplex.server.answer import FinishedChoice
 from loraplex.server.choice_text import Delta, LogprobEntry
 from loraplex.server.logprob_shapes import completion_logprobs
+from loraplex.server.routing_runs import routing_runs
 from loraplex.server.vocabulary import Vocabulary
 
 
@@ -18,14 +19,17 @@ class CompletionShape:
 
     vocabulary: Vocabulary
     with_logprobs: bool
+    with_routing: bool = False
     body_kind: str = "text_completion"
     chunk_kind: str = "text_completion"
 
     def body_choice(self, index: int, choice: FinishedChoice) -> dict[str, Any]:
-        return self._choice(index, choice.text, choice.entries, choice.finish_reason)
+        written = self._choice(index, choice.text, choice.entries, choice.finish_reason)
+        return written | {"routing": routing_runs(choice.routing)} if self.with_routing else written
 
     def chunk_choices(self, delta: Delta, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002 the role is chat's
-        return [self._choice(delta.index, delta.text, delta.entries, delta.finish_reason)]
+        written = self._choice(delta.index, delta.text, delta.entries, delta.finish_reason)
+        return [written | {"routing": routing_runs(delta.routing)} if delta.routing else written]
 
     def _choice(
         self, index: int, text: str, entries: Sequence[LogprobEntry], finish_reason: str | None

@@ -24,7 +24,6 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "guided_regex": (None,),
     "length_penalty": (None, 1),
     "logits_processors": (None, []),
-    "merged_adapters": (None,),
     "modalities": (None, [], ["text"]),
     "prediction": (None,),
     "prompt_embeds": (None,),

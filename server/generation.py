@@ -42,7 +42,7 @@ class Generation:
     @property
     def kind(self) -> str:
         """Label of the metrics: whether an adapter was used."""
-        return "base" if self.job.adapter is None else "adapter"
+        return "adapter" if self.job.uses_adapters else "base"
 
     @property
     def usage(self) -> dict[str, object]:

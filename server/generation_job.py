@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
+from loraplex.server.adapter_choice import AdapterChoice
 from loraplex.server.errors import ContextLengthError, InvalidRequestError
 from loraplex.server.http_config import HttpConfig
-from loraplex.server.messages import AdapterRef, EngineInfo, Generate, SamplingParams
+from loraplex.server.messages import EngineInfo, Generate, SamplingParams
 from loraplex.server.schemas import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest, Prompt
 from loraplex.server.stop_strings import StopPatterns
 from loraplex.server.tokens import ChatOptions, TextTokenizer
@@ -54,7 +55,6 @@ class Job:
     commands: tuple[Generate, ...]
     text: TextOptions
     n: int
-    adapter: AdapterRef | None = None
     echoes: tuple[str | None, ...] | None = None
 
     @property
@@ -66,17 +66,24 @@ class Job:
         return self.n * len(self.commands)
 
     @property
+    def uses_adapters(self) -> bool:
+        return self.commands[0].adapter is not None or bool(self.commands[0].mix)
+
+    @property
     def wants_logprobs(self) -> bool:
         return self.commands[0].params.logprobs is not None
+
+    @property
+    def wants_routing(self) -> bool:
+        return self.commands[0].return_routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What a job runs on: the engine, and the adapter with the pages that it takes (0 while nobody has read it)."""
+    """What a job runs on: the engine, and the adapters of its request."""
 
     info: EngineInfo
-    adapter: AdapterRef | None = None
-    adapter_pages: int = 0
+    chosen: AdapterChoice
 
     def room_for(self, num_prompt: int, wanted: int | None, param: str) -> int:
         """How many tokens may follow a prompt: what was wanted, cut to the context and to the pool.
@@ -92,11 +99,11 @@ class Target:
                 f" {info.max_model_len} tokens.",
                 param=param,
             )
-        pages = info.num_pages - self.adapter_pages
+        pages = info.num_pages - self.chosen.pages
         if (needed_pages := -(-needed // info.page_tokens)) > pages:
             raise ContextLengthError(
                 f"The prompt has {num_prompt} tokens, which need {needed_pages} pages; the pool has {info.num_pages},"
-                f" of which the adapter takes {self.adapter_pages}.",
+                f" of which the adapter takes {self.chosen.pages}.",
                 param=param,
             )
         room = min(info.max_model_len, pages * info.page_tokens) - num_prompt
@@ -152,16 +159,16 @@ class JobMaker:
                 request_id=f"{job_id}-{at}",
                 prompt_ids=prompt_ids,
                 params=msgspec.structs.replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room)),
-                adapter=target.adapter,
+                adapter=target.chosen.adapter,
+                mix=target.chosen.mix,
                 n=n,
+                return_routing=bool(body.return_routing),
             )
 
-        return Job(
-            commands=tuple(command(at, prompt_ids) for at, prompt_ids in enumerate(prompts)),
-            text=self._text_options(body, at_start=chat),
-            n=n,
-            adapter=target.adapter,
-        )
+        commands = tuple(command(at, prompt_ids) for at, prompt_ids in enumerate(prompts))
+        if body.return_routing:
+            _check_routing(commands, self.config.max_routing_tokens)
+        return Job(commands=commands, text=self._text_options(body, at_start=chat), n=n)
 
     def _text_options(self, body: GenerationRequest, *, at_start: bool) -> TextOptions:
         return TextOptions(
@@ -249,12 +256,23 @@ def _or(value: float | None, default: float) -> float:
 
 def _echoing(job: Job, prompts: Sequence[Prompt]) -> Job:
     echoes = tuple(prompt if isinstance(prompt, str) else None for prompt in prompts)
-    return Job(commands=job.commands, text=job.text, n=job.n, adapter=job.adapter, echoes=echoes)
+    return Job(commands=job.commands, text=job.text, n=job.n, echoes=echoes)
 
 
 def _check_at_most(value: int | None, limit: int, param: str) -> None:
     if value is not None and value > limit:
         raise InvalidRequestError(f"'{param}' is {value}; accepted are values up to {limit}.", param=param)
+
+
+def _check_routing(commands: Sequence[Generate], limit: int) -> None:
+    """Refuses an answer that would tell the routes of too many tokens: it could be megabytes for each hundred."""
+    tokens = sum(len(command.prompt_ids) + command.n * command.params.max_tokens for command in commands)
+    if tokens > limit:
+        raise InvalidRequestError(
+            f"'return_routing' would cover up to {tokens} tokens, of prompts and choices; accepted are at most {limit}:"
+            " ask for fewer with 'max_tokens'.",
+            param="return_routing",
+        )
 
 
 def _check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:

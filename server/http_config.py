@@ -21,6 +21,8 @@ class HttpConfig:
         max_n: the most choices per prompt.
         max_logprobs: the most alternatives per token.
         max_choices: the most choices in one body, all its prompts together.
+        max_mix_adapters: the most adapters in one weighted list.
+        max_routing_tokens: the most tokens whose routes one answer tells.
         ping_seconds: a stream that was silent for so long gets a comment.
     """
 
@@ -34,4 +36,6 @@ class HttpConfig:
     max_n: int = 128
     max_logprobs: int = 20
     max_choices: int = 2048
+    max_mix_adapters: int = 8
+    max_routing_tokens: int = 4096
     ping_seconds: float = 15.0

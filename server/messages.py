@@ -33,6 +33,13 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     revision: int = 0
 
 
+class WeightedAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter of a mix; the mix adds up what each adapter changes, times its weight."""
+
+    adapter: AdapterRef
+    weight: float
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one choice is sampled. Values are validated at the HTTP edge; here they are in range.
 
@@ -60,13 +67,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class Generate(Message, frozen=True, kw_only=True):
-    """Generate ``n`` choices for one prompt under one adapter (None: the base model)."""
+    """Generate ``n`` choices for one prompt under one adapter, or under a mix of them, or the base model alone.
+
+    ``adapter`` is None for the base model and where there is a ``mix``. ``return_routing`` asks for the experts that
+    routers chose for each token.
+    """
 
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
     adapter: AdapterRef | None = None
+    mix: tuple[WeightedAdapter, ...] = ()
     n: int = 1
+    return_routing: bool = False
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -111,11 +124,28 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []
 
 
+class RouterChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """What one router chose for consecutive tokens: for each, the experts, best first, and their weights.
+
+    ``layer`` is None and ``site`` "token" for a token-wise router; ``site`` is "mlp" for a mixture of feed-forward
+    networks, else the linear whose pairs the router weighs.
+    """
+
+    adapter: str
+    layer: int | None
+    site: str
+    start: int
+    experts: list[list[int]]
+    weights: list[list[float]]
+
+
 class TokenOutput(Message, frozen=True, kw_only=True):
     """New tokens of one choice.
 
     ``logprobs`` has one entry per token id where asked for. ``prompt_logprobs`` comes once, with the first output of
     choice 0, with None for the first prompt token. Times are seconds, sent with the first output of a choice.
+    ``routing``, where asked for, covers the tokens computed since the last output of the choice; ``start`` counts from
+    the start of the prompt, and ``adapter`` is the adapter's name.
     """
 
     request_id: str
@@ -127,6 +157,7 @@ class TokenOutput(Message, frozen=True, kw_only=True):
     cached_tokens: int = 0
     queue_seconds: float | None = None
     adapter_load_seconds: float | None = None
+    routing: list[RouterChoice] | None = None
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +202,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     pages: int
     tier: AdapterTier
+    num_experts: int = 0
     running: int = 0
     warnings: list[str] = []
 
@@ -212,7 +244,9 @@ class EngineStats(Message, frozen=True, kw_only=True):
     """A snapshot for the metrics, sent at most every ``stats_interval`` while anything changes.
 
     Counters are totals since the engine started. ``load_seconds`` are the page-in times (disk or host to pool) of the
-    adapter loads since the last snapshot; ``step_seconds`` likewise of the steps.
+    adapter loads since the last snapshot; ``step_seconds`` likewise of the steps. ``pages_cached`` hold prefixes that
+    no sequence uses; ``pages_kv`` and ``pages_free`` are without them. ``expert_tokens`` has, for the adapters with the
+    most routed tokens, by name, how often each expert was chosen; empty unless it is asked for.
     """
 
     running: int = 0
@@ -221,6 +255,7 @@ class EngineStats(Message, frozen=True, kw_only=True):
     pages_kv: int = 0
     pages_adapter: int = 0
     pages_free: int = 0
+    pages_cached: int = 0
     adapters_resident: int = 0
     adapters_host: int = 0
     host_bytes: int = 0
@@ -230,7 +265,9 @@ class EngineStats(Message, frozen=True, kw_only=True):
     adapter_evictions: int = 0
     adapter_load_failures: int = 0
     preemptions: int = 0
+    prefix_hit_tokens: int = 0
     steps: int = 0
+    expert_tokens: dict[str, list[int]] = {}
     load_seconds: list[float] = []
     step_seconds: list[float] = []
 

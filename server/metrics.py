@@ -1,13 +1,14 @@
 """What Prometheus scrapes: the edge's own counts and times, and the engine's last snapshot.
 
 One collector per app, filled from the event loop only. Labels are bounded: endpoints are route patterns, ``kind`` is
-``base`` or ``adapter``.
+``base`` or ``adapter`` (a mix is ``adapter``), and the engine names no more adapters in ``expert_tokens`` than it was
+told to.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
@@ -30,6 +31,7 @@ ENGINE_COUNTERS = {
     "adapter_evictions": "Adapters evicted from the pool.",
     "adapter_load_failures": "Adapters that could not be loaded.",
     "preemptions": "Sequences put back because pages ran out.",
+    "prefix_hit_tokens": "Prompt tokens whose K/V was found in the pool.",
     "steps": "Steps of the engine.",
 }
 
@@ -159,7 +161,12 @@ class ServerMetrics:
             "loraplex_pool_pages",
             "Pages of the pool by use.",
             "use",
-            {"kv": stats.pages_kv, "adapter": stats.pages_adapter, "free": stats.pages_free},
+            {
+                "kv": stats.pages_kv,
+                "adapter": stats.pages_adapter,
+                "cached": stats.pages_cached,
+                "free": stats.pages_free,
+            },
         )
         yield _gauges(
             "loraplex_adapters",
@@ -169,6 +176,7 @@ class ServerMetrics:
         )
         yield _gauge("loraplex_host_store_bytes", "Bytes of adapters in host memory.", stats.host_bytes)
         yield _gauge("loraplex_host_store_limit_bytes", "Limit of these bytes.", stats.host_bytes_limit)
+        yield _expert_tokens(stats.expert_tokens)
 
     def _state_families(self) -> Iterator[Metric]:
         restarts = CounterMetricFamily("loraplex_engine_restarts", "Times that the engine was started again.")
@@ -186,6 +194,16 @@ class ServerMetrics:
         served = (info.architecture, info.dtype, info.device) if info else ("", "", "")
         build.add_metric((self._version, *served), 1)
         yield build
+
+
+def _expert_tokens(counts: Mapping[str, Sequence[int]]) -> Metric:
+    """Empty unless ``expert_metrics`` asks for it."""
+    text = "Times that routers chose an expert, of the adapters with the most routed tokens."
+    family = CounterMetricFamily("loraplex_expert_tokens", text, labels=("adapter", "expert"))
+    for adapter, experts in counts.items():
+        for expert, tokens in enumerate(experts):
+            family.add_metric((adapter, str(expert)), tokens)
+    return family
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

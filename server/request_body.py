@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from loraplex.server.errors import InvalidRequestError
-from loraplex.server.schemas import RequestModel
+from loraplex.server.schemas import MIX_FORM, NAME_FORM, RequestModel
 
 Body = TypeVar("Body", bound=RequestModel)
 
@@ -52,6 +52,8 @@ def path_of(location: Sequence[int | str]) -> str:
     """``("messages", 0, "content")`` as ``messages[0].content``."""
     path = ""
     for step in location:
+        if step in {NAME_FORM, MIX_FORM}:
+            continue
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
     return path
 
@@ -60,6 +62,8 @@ def _sentence(param: str, fault: ErrorDetails) -> str:
     reason = fault["msg"][:1].lower() + fault["msg"][1:]
     if fault["type"] == "missing":
         return f"'{param}' is missing; it is required."
+    if fault["type"] == "extra_forbidden":
+        return f"'{param}' is no known field; leave it out."
     subject = f"'{param}'" if param else "The body"
     return f"{subject}: {reason}; got {_shown(fault['input'])}."
 

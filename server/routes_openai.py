@@ -11,6 +11,7 @@ import structlog
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from loraplex.server.adapter_choice import AdapterChooser
 from loraplex.server.adapter_registry import RegisteredAdapter
 from loraplex.server.answer import AnswerShape, UsageChunks, head_of, streamed_answer, whole_answer
 from loraplex.server.chat_answer import ChatShape
@@ -70,6 +71,7 @@ class Answers:
 
     def __init__(self, edge: Edge) -> None:
         self._edge = edge
+        self._adapters = AdapterChooser(edge.registry, edge.config.max_mix_adapters)
         self._log = structlog.get_logger()
 
     async def chat(self, request: Request, body: ChatCompletionRequest) -> Response:
@@ -77,7 +79,11 @@ class Answers:
         admitted = self._admit(body)
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         job = await self._edge.jobs.chat(body, answer_id, admitted.target)
-        shape = ChatShape(vocabulary=self._edge.tokenizer.vocabulary, with_logprobs=job.wants_logprobs)
+        shape = ChatShape(
+            vocabulary=self._edge.tokenizer.vocabulary,
+            with_logprobs=job.wants_logprobs,
+            with_routing=job.wants_routing,
+        )
         return await self._answer(request, body, answer_id, job, shape, admitted)
 
     async def completion(self, request: Request, body: CompletionRequest) -> Response:
@@ -85,7 +91,11 @@ class Answers:
         admitted = self._admit(body)
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         job = await self._edge.jobs.completion(body, answer_id, admitted.target)
-        shape = CompletionShape(vocabulary=self._edge.tokenizer.vocabulary, with_logprobs=job.wants_logprobs)
+        shape = CompletionShape(
+            vocabulary=self._edge.tokenizer.vocabulary,
+            with_logprobs=job.wants_logprobs,
+            with_routing=job.wants_routing,
+        )
         return await self._answer(request, body, answer_id, job, shape, admitted)
 
     def _admit(self, body: GenerationRequest) -> Admitted:
@@ -96,9 +106,9 @@ class Answers:
             ignored.append("store")
         if body.stream_options is not None and not body.stream:
             ignored.append("stream_options")
-        adapter = self._edge.registry.resolve(body.model, body.adapter_id)
+        chosen = self._adapters.choose(body)
         check_ready(self._edge.engine)
-        return Admitted(target=_target(self._edge, adapter), ignored=ignored)
+        return Admitted(target=Target(info=self._edge.engine.info, chosen=chosen), ignored=ignored)
 
     async def _answer(
         self,
@@ -139,13 +149,6 @@ class Answers:
         return error_body(public)
 
 
-def _target(edge: Edge, adapter: RegisteredAdapter | None) -> Target:
-    if adapter is None:
-        return Target(info=edge.engine.info)
-    pages = adapter.info.pages if adapter.info is not None else 0
-    return Target(info=edge.engine.info, adapter=adapter.ref, adapter_pages=pages)
-
-
 def _usage_chunks(body: GenerationRequest) -> UsageChunks:
     options = body.stream_options
     if options is None:
@@ -170,7 +173,7 @@ def model_named(edge: Edge, name: str) -> dict[str, Any]:
     """``GET /v1/models/{id}``."""
     if name == edge.config.model_name:
         return _base_model(edge)
-    adapter = edge.registry.resolve(name, None) if name else None
+    adapter = edge.registry.resolve(name) if name else None
     if adapter is None:
         raise ModelNotFoundError("The model '' does not exist; GET /v1/models lists what is served.", param="model")
     return _adapter_model(edge, adapter) | {"id": name}
@@ -182,8 +185,10 @@ def _base_model(edge: Edge) -> dict[str, Any]:
 
 
 def _adapter_model(edge: Edge, adapter: RegisteredAdapter) -> dict[str, Any]:
-    ref = adapter.ref
-    return _model(edge, ref.name, adapter.created, root=ref.path, parent=edge.config.model_name)
+    """An adapter as a model. Its kind and number of experts are null until a load over HTTP has read it."""
+    ref, info = adapter.ref, adapter.info
+    model = _model(edge, ref.name, adapter.created, root=ref.path, parent=edge.config.model_name)
+    return model | {"kind": info and info.kind, "num_experts": None if info is None else info.num_experts}
 
 
 def _model(edge: Edge, name: str, created: int, *, root: str | None, parent: str | None) -> dict[str, Any]:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    StringConstraints,
+    Tag,
+)
 from pydantic_core import PydanticCustomError
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 INT64_MAX = 2**63 - 1
+MAX_WEIGHT = 100.0
+NAME_FORM, MIX_FORM = "adapter:name", "adapter:mix"
+"""Tags of the two forms of ``adapter_id``; pydantic puts them into the path of a fault."""
 
 Prompt = str | list[int]
 
@@ -84,11 +97,60 @@ class StreamOptions(RequestModel):
     include_obfuscation: bool | None = None
 
 
+AdapterName = Annotated[str, StringConstraints(min_length=1)]
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+
+
+class MixPart(RequestModel, extra="forbid"):
+    """One adapter of a mix. ``weight`` is 1 if absent; it may be negative."""
+
+    id: AdapterName
+    weight: Weight | None = None
+
+
+class AdapterMix(RequestModel, extra="forbid"):
+    """``adapter_id`` as a weighted list: what each adapter changes is added up, times its weight."""
+
+    adapters: Annotated[list[MixPart], Field(min_length=1)]
+
+
+class MergedAdapters(RequestModel, extra="forbid"):
+    """LoRAX's ``merged_adapters``.
+
+    ``linear`` is a mix. The others are merged once: ``density`` is the share of values that they keep.
+    ``weights`` are 1 if absent or empty. ``majority_sign_method`` is for ``ties`` and ``dare_ties``.
+    """
+
+    ids: Annotated[list[AdapterName], Field(min_length=1)]
+    weights: list[Weight] | None = None
+    merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] | None = None
+    density: Annotated[float, Field(ge=0, le=1)] | None = None
+    majority_sign_method: Literal["total", "frequency"] | None = None
+
+
+def _form_of(value: Any) -> str:
+    return MIX_FORM if isinstance(value, dict | AdapterMix) else NAME_FORM
+
+
+def _name_or_mix(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    raise _fault('Input should be an adapter\'s name, or {"adapters": [{"id": "...", "weight": 1.0}]}')
+
+
+AdapterId = Annotated[
+    Annotated[str, BeforeValidator(_name_or_mix), Tag(NAME_FORM)] | Annotated[AdapterMix, Tag(MIX_FORM)],
+    Discriminator(_form_of),
+]
+
+
 class GenerationRequest(RequestModel):
     """What completions and chat completions have in common."""
 
     model: str | None = None
-    adapter_id: str | None = None
+    adapter_id: AdapterId | None = None
+    merged_adapters: MergedAdapters | None = None
+    return_routing: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     max_running: int = Field(256, ge=1, description="Sequences that run at once.")
     max_waiting: int = Field(4096, ge=1, description="Sequences that may wait; more are refused with 429.")
     prefill_chunk: int = Field(512, ge=1, description="Prompt tokens of one sequence computed in one step.")
+    prefix_caching: bool = Field(
+        True, description="Keep the K/V of finished sequences for prompts that begin alike, while there is room."
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -94,8 +97,15 @@ class Settings(BaseSettings):
     strict_requests: bool = Field(
         False, description="Refuse unknown request fields instead of naming them in a header."
     )
+    max_mix_adapters: int = Field(8, ge=1, le=64, description="Most adapters in the weighted list of one request.")
+    max_routing_tokens: int = Field(
+        4096, ge=1, description="Most tokens, of prompts and choices, of a request with return_routing."
+    )
     drain_seconds: float = Field(30.0, ge=0, description="How long open requests may go on after SIGTERM.")
 
+    expert_metrics: int = Field(
+        0, ge=0, le=1000, description="Adapters whose experts are counted in the metrics: those most used; 0 is none."
+    )
     engine: Literal["process", "inline"] = Field("process", description="inline runs the engine in the HTTP process.")
     log_level: LogLevel = Field("info", description="Least severe messages to log.")
     log_format: LogFormat = Field("console", description="json writes one object a line.")
@@ -141,6 +151,8 @@ class Settings(BaseSettings):
             adapter_roots=tuple(root.resolve() for root in self.adapter_roots),
             stream_interval=self.stream_interval,
             strict_requests=self.strict_requests,
+            max_mix_adapters=self.max_mix_adapters,
+            max_routing_tokens=self.max_routing_tokens,
             drain_seconds=self.drain_seconds,
         )
 

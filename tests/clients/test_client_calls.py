@@ -7,7 +7,7 @@ import pytest
 
 from loraplex.clients.client import Client
 from loraplex.clients.errors import InvalidConfiguration, LoraplexClientError, UnexpectedResponse
-from loraplex.clients.types import Choice, Usage
+from loraplex.clients.types import Choice, RouterRun, Usage
 
 COMPLETION = {
     "id": "cmpl-1",
@@ -29,7 +29,8 @@ ADAPTER = {
     "parent": "base",
     "tier": "host",
     "rank": 8,
-    "kind": "lora",
+    "kind": "mixlora",
+    "num_experts": 8,
     "targets": ["q_proj"],
     "pages": 2,
     "warnings": ["odd"],
@@ -72,6 +73,32 @@ def test_every_option_becomes_a_field_of_its_name(server: Any, reply: Any, lora:
     server.say(reply(body=COMPLETION))
     lora.generate([1, 2], logit_bias={5: -1.0}, extra={"user": "me", "seed": 8}, **options)
     assert server.received[0].body == options | {"prompt": [1, 2], "logit_bias": {"5": -1.0}, "user": "me", "seed": 8}
+
+
+@pytest.mark.parametrize("mix", [{"red": 0.7, "blue": -1}, [("red", 0.7), ("blue", -1)]])
+def test_a_mix_is_a_mapping_or_pairs_of_adapters_and_weights(server: Any, reply: Any, lora: Any, mix: Any) -> None:
+    server.say(reply(body=COMPLETION), reply(body=CHAT))
+    lora.generate("Hi", adapter_id=mix)
+    lora.chat([], adapter_id=mix)
+    parts = [{"id": "red", "weight": 0.7}, {"id": "blue", "weight": -1}]
+    assert [heard.body["adapter_id"] for heard in server.received] == [{"adapters": parts}] * 2
+
+
+def test_routing_is_told_where_it_is_asked_for(server: Any, reply: Any, lora: Any) -> None:
+    runs = [
+        {"adapter": "red", "layer": 3, "site": "mlp", "start": 0, "experts": [[1, 0]], "weights": [[0.75, 0.25]]},
+        {"adapter": "red", "layer": None, "site": "token", "start": 2, "experts": [[5]], "weights": [[1.0]]},
+    ]
+    choice = CHAT["choices"][0] | {"routing": runs}  # type: ignore[index]
+    server.say(reply(body=CHAT | {"choices": [choice]}), reply(body=CHAT))
+    answer = lora.chat([], adapter_id="red", return_routing=True)
+    assert server.received[0].body == {"messages": [], "adapter_id": "red", "return_routing": True}
+    assert answer.routing == answer.choices[0].routing
+    assert answer.routing == (
+        RouterRun("red", 3, "mlp", 0, ((1, 0),), ((0.75, 0.25),)),
+        RouterRun("red", None, "token", 2, ((5,),), ((1.0,),)),
+    )
+    assert lora.chat([]).routing == ()
 
 
 def test_an_unknown_option_is_refused_by_name(lora: Any, server: Any) -> None:
@@ -117,6 +144,7 @@ def test_loading_an_adapter_returns_it(server: Any, reply: Any, lora: Any) -> No
     adapter = lora.load_adapter("red", "/adapters/red", replace=True)
     assert (adapter.name, adapter.rank, adapter.pages, adapter.targets) == ("red", 8, 2, ("q_proj",))
     assert (adapter.warnings, adapter.running, adapter.identity) == (("odd",), 0, None)
+    assert (adapter.kind, adapter.num_experts) == ("mixlora", 8)
     load, get = server.received
     assert (load.method, load.path) == ("POST", "/v1/load_lora_adapter")
     assert load.body == {"lora_name": "red", "lora_path": "/adapters/red", "load_inplace": True}
@@ -144,12 +172,14 @@ def test_a_page_that_is_empty_but_promises_more_ends_the_list(server: Any, reply
 
 def test_models_names_the_base_and_the_adapters(server: Any, reply: Any, lora: Any) -> None:
     base = {"id": "base", "created": 5, "root": "/models/base", "parent": None, "max_model_len": 64}
-    server.say(reply(body={"data": [base, {"id": "red", "created": 6, "parent": "base"}]}))
+    red = {"id": "red", "created": 6, "parent": "base", "kind": "mixlora", "num_experts": 8}
+    server.say(reply(body={"data": [base, red]}))
     models = lora.models()
     assert [(model.id, model.parent, model.max_model_len) for model in models] == [
         ("base", None, 64),
         ("red", "base", None),
     ]
+    assert [(model.kind, model.num_experts) for model in models] == [(None, None), ("mixlora", 8)]
 
 
 def test_version_is_a_text(server: Any, reply: Any, lora: Any) -> None:

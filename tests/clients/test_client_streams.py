@@ -10,7 +10,7 @@ import pytest
 from loraplex.clients import errors
 from loraplex.clients.async_client import AsyncClient
 from loraplex.clients.client import Client
-from loraplex.clients.types import StreamEvent, Usage
+from loraplex.clients.types import RouterRun, StreamEvent, Usage
 
 DONE = b"data: [DONE]\n\n"
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
@@ -54,6 +54,17 @@ def test_a_stream_gives_the_pieces_and_the_usage(server: Any, reply: Any, lora: 
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def test_streamed_routing_comes_with_the_pieces_of_its_tokens(server: Any, reply: Any, lora: Any) -> None:
+    run = {"adapter": "red", "layer": 0, "site": "mlp", "start": 3, "experts": [[1]], "weights": [[1.0]]}
+    told = piece("Hel")
+    told["choices"][0]["routing"] = [run]
+    server.say(reply(events=[frame(told), *WHOLE[1:]]))
+    events = list(lora.stream("Hi", adapter_id={"red": 0.5}, return_routing=True))
+    assert [event.routing for event in events] == [(RouterRun("red", 0, "mlp", 3, ((1,),), ((1.0,),)),), (), ()]
+    assert server.received[0].body["return_routing"] is True
+    assert server.received[0].body["adapter_id"] == {"adapters": [{"id": "red", "weight": 0.5}]}
 
 
 def test_stream_options_may_be_given(server: Any, reply: Any, lora: Any) -> None:

@@ -30,6 +30,7 @@ from loraplex.server.messages import (
     EngineInfo,
     EngineStats,
     Generate,
+    RouterChoice,
     TokenLogprob,
     TokenOutput,
 )
@@ -72,6 +73,7 @@ class Script:
         first_delay: seconds before the first one.
         error: raised after ``error_after`` outputs.
         chunk: tokens per output.
+        routed_layers: layers whose routers it tells of, where it is asked to.
     """
 
     text: str = "Hello, world! "
@@ -81,6 +83,7 @@ class Script:
     error: Exception | None = None
     error_after: int = 0
     chunk: int = 1
+    routed_layers: int = 0
 
 
 @dataclass
@@ -102,6 +105,7 @@ class FakeEngine:
     unloaded: list[AdapterRef] = field(default_factory=list)
     load_error: LoraplexError | None = None
     load_delay: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def info(self) -> EngineInfo:
@@ -152,7 +156,7 @@ class FakeEngine:
         await asyncio.sleep(self.load_delay)
         if self.load_error is not None:
             raise self.load_error
-        self.loaded[ref.name] = info = adapter_info(ref)
+        self.loaded[ref.name] = info = adapter_info(ref, **self.facts)
         return info
 
     async def unload_adapter(self, ref: AdapterRef) -> None:
@@ -178,8 +182,29 @@ class FakeEngine:
                 finish_reason=reason if at == len(pieces) - 1 else None,
                 cached_tokens=4 if index == at == 0 else 0,
                 queue_seconds=0.001 if at == 0 else None,
+                routing=self._routes(command, index, at * chunk, len(piece)) if command.return_routing else None,
             )
             for at, piece in enumerate(pieces)
+        ]
+
+    def _routes(self, command: Generate, index: int, num_before: int, num_tokens: int) -> list[RouterChoice]:
+        """Of the tokens computed for an output: all but its last; the first output of choice 0 has the prompt's, too.
+
+        Experts and weights tell the token's position.
+        """
+        first = len(command.prompt_ids) + max(num_before - 1, 0)
+        start = 0 if index == num_before == 0 else first
+        rows = range(start, len(command.prompt_ids) + max(num_before + num_tokens - 1, 0))
+        return [
+            RouterChoice(
+                adapter="red",
+                layer=layer,
+                site="mlp",
+                start=start,
+                experts=[[at % 8, layer] for at in rows],
+                weights=[[float(at), 0.5] for at in rows],
+            )
+            for layer in range(self.script.routed_layers if rows else 0)
         ]
 
     def _ids(self, command: Generate, index: int) -> tuple[list[int], Any]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -200,6 +202,91 @@ def test_inspect_prints_a_line_per_fact(small: Path, base: Path) -> None:
 def test_inspect_of_no_adapter_is_one_line(tmp_path: Path) -> None:
     assert "no such folder" in one_error(loraplex("inspect", tmp_path / "nothing"))
     assert "adapter_config.json" in one_error(loraplex("inspect", tmp_path))
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A MixLoRA of the package's naming with three experts, two of four layers, and DoRA if its test says so."""
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in (0, 1):
+        start = f"mixlora.layers.{layer}"
+        tensors[f"{start}.gate.weight"] = torch.randn(3, 32)
+        for expert in range(3):
+            tensors[f"{start}.experts.{expert}.up_proj.lora_A.weight"] = torch.randn(2 + layer, 32)
+            tensors[f"{start}.experts.{expert}.up_proj.lora_B.weight"] = torch.randn(48, 2 + layer)
+    folder = tmp_path / "mixture"
+    folder.mkdir()
+    save_file(tensors, folder / WEIGHTS)
+    config = {
+        "peft_type": "MIXLORA",
+        "routing_strategy": "mixlora",
+        "r": 2,
+        "lora_alpha": 4,
+        "num_experts": 3,
+        "top_k": 2,
+    }
+    pattern = {"layers.1.mlp.up_proj": 3}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": pattern}))
+    return folder
+
+
+def test_inspect_tells_experts_and_how_they_are_chosen(mixture: Path, base: Path) -> None:
+    facts = json.loads(loraplex("inspect", mixture, "--json").stdout)
+    assert (facts["kind"], facts["num_experts"], facts["top_k"]) == ("mixlora", 3, 2)
+    assert (facts["routing"], facts["scope"]) == ("top-k", "ffn")
+    assert facts["experts_by_layer"] == {"0": 3, "1": 3}
+    assert facts["ranks"] == [2, 3]
+    shape = read_traits(LlamaConfig.from_pretrained(base)).base_shape
+    assert facts["identity"] == read_adapter(mixture, shape).identity
+    shown = dict(re.split(r"\s{2,}", line.strip()) for line in loraplex("inspect", mixture).stdout.splitlines())
+    assert (shown["experts"], shown["routing"], shown["scope"]) == ("3", "top-k", "ffn")
+    assert shown["experts by layer"] == "0:3 1:3"
+
+
+def test_inspect_of_plain_lora_says_nothing_of_experts(small: Path) -> None:
+    assert "experts" not in loraplex("inspect", small).stdout
+
+
+def test_inspect_tells_the_pages_of_experts_and_routers(mixture: Path, base: Path) -> None:
+    facts = json.loads(loraplex("inspect", mixture, "--base", base, "--json").stdout)
+    # Rows of 128 elements in the larger layer: 3 experts with 3 of A and 3 of B, and 3 of the router; a page holds 4.
+    assert facts["pages"] == 6
+    assert facts["warnings"] == []
+
+
+def test_values_are_checked_in_the_dtype_that_is_served(small: Path, base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    shutil.copytree(small, folder)
+    save_file(
+        {key: torch.full_like(tensor, 1e5) for key, tensor in load_file(small / WEIGHTS).items()}, folder / WEIGHTS
+    )
+    assert loraplex("verify", folder, "--base", base, "--dtype", "bfloat16").exit_code == 0
+    assert "float16" in one_error(loraplex("verify", folder, "--base", base, "--dtype", "float16"))
+    assert loraplex("verify", folder, "--base", base, "--dtype", "float8").exit_code == 2
+
+
+def test_verify_without_a_base_makes_every_other_check(mixture: Path, small: Path, broken: Path) -> None:
+    result = loraplex("verify", mixture)
+    assert result.exit_code == 0
+    assert "mixlora, rank 3, 3 experts, up_proj, whether it fits a base was not checked: give --base" in result.stdout
+    assert loraplex("verify", small).exit_code == 0
+    assert "lora_A.weight" in one_error(loraplex("verify", broken))
+    tensors = load_file(mixture / WEIGHTS)
+    del tensors["mixlora.layers.1.gate.weight"]
+    save_file(tensors, mixture / WEIGHTS)
+    assert "mixlora.layers.1" in one_error(loraplex("verify", mixture))
+
+
+def test_dora_and_pickled_weights_cannot_be_verified_without_a_base(mixture: Path) -> None:
+    tensors = load_file(mixture / WEIGHTS)
+    tensors["mixlora.layers.0.experts.0.up_proj.lora_magnitude_vector"] = torch.ones(48)
+    save_file(tensors, mixture / WEIGHTS)
+    path = mixture / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    assert "base" in one_error(loraplex("verify", mixture))
+    torch.save(tensors, mixture / "adapter_model.bin")
+    (mixture / WEIGHTS).unlink()
+    assert "give a base model with --base" in one_error(loraplex("verify", mixture, "--allow-bin"))
 
 
 def test_verify_passes_good_adapters_one_by_one_or_by_the_folder(saved: Path, base: Path) -> None:

@@ -9,7 +9,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from loraplex.clients.client import Client
-from loraplex.server.cli_chat import Conversation, chat, printable, talk
+from loraplex.server.cli_chat import Conversation, chat, mix_of, printable, talk
 from loraplex.server.errors import ContextLengthError
 
 app = typer.Typer()
@@ -66,6 +66,36 @@ def test_a_piped_prompt_is_answered_with_the_text_alone(url: str, engine: Any) -
     assert "<user>Say hello." in prompts(engine)[0]
 
 
+def test_a_mix_is_typed_with_commas(url: str, engine: Any) -> None:
+    result = answer_to("Hi\n", "--url", url, "--adapter", "red=0.7, blue", "--max-tokens", "3")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "Hel\n", "")
+    assert [(one.adapter.name, one.weight) for one in engine.commands[0].mix] == [("red", 0.7), ("blue", 1.0)]
+
+
+@pytest.mark.parametrize("weight", ["much", "", "nan", "inf"])
+def test_a_weight_that_is_no_number_is_an_error_in_one_line(url: str, engine: Any, weight: str) -> None:
+    result = answer_to("Hi\n", "--url", url, "--adapter", f"red={weight},blue=1")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: the weight of 'red' in a mix is {weight!r}; accepted is a number, as in red=0.5\n"
+    )
+    assert engine.commands == []
+
+
+@pytest.mark.parametrize(
+    ("typed_in", "mix"),
+    [
+        (None, None),
+        ("red", "red"),
+        ("lora-r=8", "lora-r=8"),
+        ("a=0.7,b=-1e-2", [("a", 0.7), ("b", -0.01)]),
+        ("lora-r=8=0.5,b", [("lora-r=8", 0.5), ("b", 1.0)]),
+    ],
+)
+def test_what_has_no_comma_is_a_name(typed_in: str | None, mix: Any) -> None:
+    assert mix_of(typed_in) == mix
+
+
 def test_an_empty_pipe_is_an_error_in_one_line(url: str) -> None:
     result = answer_to("\n", "--url", url)
     assert result.exit_code == 1
@@ -104,6 +134,18 @@ def test_another_adapter_begins_another_conversation(
     assert "One" not in prompts(engine)[1]
     assert all("Be kind." in prompt for prompt in prompts(engine))
     assert "now talking to red" in capsys.readouterr().out
+
+
+def test_a_conversation_may_go_on_with_a_mix(
+    conversation: Conversation, engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(conversation, typed("/adapter red=0.5,blue=0.5", "One", "/adapter red,nobody", "Two", "/adapter red=x,blue"))
+    assert [len(command.mix) for command in engine.commands] == [2, 2]
+    assert "One" in prompts(engine)[1]
+    shown = capsys.readouterr()
+    assert "now talking to red=0.5,blue=0.5" in shown.out
+    assert "error: The adapter 'nobody' does not exist." in shown.err
+    assert "error: the weight of 'red'" in shown.err
 
 
 def test_an_unknown_adapter_changes_nothing(

@@ -14,6 +14,8 @@ from loraplex.server.errors import EngineError
 from loraplex.server.histogram import Histogram
 from loraplex.server.messages import EngineStats
 
+EXPERTS = "loraplex_expert_tokens"
+
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 
 
@@ -67,7 +69,8 @@ def test_the_engines_snapshot_is_shown(client: TestClient, engine: Any) -> None:
         pages_total=64,
         pages_kv=10,
         pages_adapter=20,
-        pages_free=34,
+        pages_free=30,
+        pages_cached=4,
         adapters_resident=4,
         adapters_host=9,
         host_bytes=1000,
@@ -77,19 +80,39 @@ def test_the_engines_snapshot_is_shown(client: TestClient, engine: Any) -> None:
         adapter_evictions=7,
         adapter_load_failures=1,
         preemptions=8,
+        prefix_hit_tokens=48,
         load_seconds=[0.003, 0.2],
     )
     for callback in engine.on_stats:
         callback(engine.stats)
     assert value(client, "loraplex_requests_running") == 3
     assert value(client, "loraplex_requests_waiting") == 2
-    assert [value(client, "loraplex_pool_pages", use=use) for use in ("kv", "adapter", "free")] == [10, 20, 34]
+    assert [value(client, "loraplex_pool_pages", use=use) for use in ("kv", "adapter", "cached", "free")] == [
+        10,
+        20,
+        4,
+        30,
+    ]
     assert value(client, "loraplex_adapters", tier="host") == 9
     assert value(client, "loraplex_host_store_bytes") == 1000
     assert value(client, "loraplex_adapter_evictions_total") == 7
     assert value(client, "loraplex_preemptions_total") == 8
+    assert value(client, "loraplex_prefix_hit_tokens_total") == 48
     assert value(client, "loraplex_adapter_load_seconds_count") == 2
     assert value(client, "loraplex_adapters_registered") == 2
+
+
+def test_experts_are_counted_for_the_adapters_that_the_engine_names(client: TestClient, engine: Any) -> None:
+    engine.stats = EngineStats(expert_tokens={"red": [5, 0, 7], 'bl"ue': [1]})
+    counted = {labels: value for (name, labels), value in scrape(client).items() if name.startswith(EXPERTS)}
+    assert counted == {
+        (("adapter", "red"), ("expert", "0")): 5,
+        (("adapter", "red"), ("expert", "1")): 0,
+        (("adapter", "red"), ("expert", "2")): 7,
+        (("adapter", 'bl"ue'), ("expert", "0")): 1,
+    }
+    engine.stats = EngineStats()
+    assert not any(name.startswith(EXPERTS) for name, _ in scrape(client))
 
 
 def test_a_counter_of_the_engine_that_falls_is_a_restart(client: TestClient, engine: Any) -> None:

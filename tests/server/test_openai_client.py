@@ -44,6 +44,39 @@ def test_chat_completions_models_and_adapters_work(serve: Any, engine: Any) -> N
         assert client.models.retrieve("red").owned_by == "loraplex"
 
 
+def test_mixes_and_merges_are_asked_for_in_the_extra_body(serve: Any, engine: Any) -> None:
+    mix = {"adapters": [{"id": "red", "weight": 0.7}, {"id": "blue", "weight": 0.3}]}
+    merged = {"ids": ["red", "blue"], "weights": [1.0, 0.5], "merge_strategy": "ties", "density": 0.5}
+    with client_of(serve(), max_retries=0) as client:
+        answer = client.chat.completions.create(model="tiny", messages=HI, extra_body={"adapter_id": mix})
+        assert answer.model == "tiny"
+        client.completions.create(model="", prompt="a", extra_body={"merged_adapters": merged})
+        extra = {"adapter_id": {"adapters": [{"id": "green"}]}}
+        with pytest.raises(openai.NotFoundError, match="'green'") as unknown:
+            client.completions.create(model="tiny", prompt="a", extra_body=extra)
+        assert (unknown.value.code, unknown.value.param) == ("model_not_found", "adapter_id")
+        with pytest.raises(openai.BadRequestError) as contradiction:
+            client.completions.create(model="red", prompt="a", extra_body={"adapter_id": mix})
+        assert contradiction.value.param == "adapter_id"
+    mixed, ties = engine.commands
+    assert [(one.adapter.name, one.weight) for one in mixed.mix] == [("red", 0.7), ("blue", 0.3)]
+    assert ties.adapter.path.startswith("merged:")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_routing_is_an_extra_field_of_choices(serve: Any, engine: Any, stream: bool) -> None:
+    engine.script.routed_layers = 1
+    with client_of(serve()) as client:
+        extra = {"adapter_id": "red", "return_routing": True}
+        answer: Any = client.chat.completions.create(
+            model="tiny", messages=HI, max_tokens=3, stream=stream, extra_body=extra
+        )
+        choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
+    runs = [run for choice in choices for run in (choice.model_extra or {}).get("routing", ())]
+    assert sum(len(run["experts"]) for run in runs) == 21 + 2
+    assert {run["site"] for run in runs} == {"mlp"}
+
+
 def test_chat_streams_with_usage_and_logprobs(serve: Any) -> None:
     with client_of(serve()) as client:
         stream = client.chat.completions.create(

@@ -85,13 +85,33 @@ def test_a_failed_reload_leaves_the_old_registration(client: TestClient, engine:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "../x", "a/b", "a\\b", "a,b", "a\0b", "a\nb", " a", "x" * 257, ".", "..", "tiny", "\u202eabc"]
+    "name", ["", "../x", "a/b", "a\\b", "a,b", "a\0b", "a\nb", " a", "x" * 256, ".", "..", ".a", "tiny", "\u202eabc"]
 )
 def test_a_name_that_could_be_mistaken_is_refused(client: TestClient, folder: Path, name: str) -> None:
     answer = load(client, name, folder)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_name")
     answer = client.post("/v1/adapters", json={"id": name, "path": str(folder)})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "id")
+
+
+@pytest.mark.parametrize("load_inplace", [False, True])
+def test_a_path_that_reads_as_a_recipe_is_refused(
+    client: TestClient, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_inplace: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("merged:{}", "merged:folder"):
+        (tmp_path / path).mkdir()
+        answer = load(client, "green", path, load_inplace=load_inplace)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_path")
+        assert "kept for merged adapters" in answer.json()["error"]["message"]
+        answer = client.post("/v1/adapters", json={"id": "green", "path": path})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "path")
+    assert engine.loaded == {}
+
+
+def test_a_recipe_cannot_be_registered_at_the_start() -> None:
+    with pytest.raises(InvalidRequestError, match="kept for merged adapters"):
+        AdapterRegistry("base").register_all([AdapterRef(name="x", path="merged:folder")])
 
 
 @pytest.mark.parametrize("path", ["", "/no/such/folder", "a\0b", "x" * 5000, "/etc/passwd"])
@@ -144,6 +164,19 @@ def test_adapters_show_what_the_engine_knows(client: TestClient, engine: Any, fo
     assert (created["rank"], created["kind"], created["bytes"], created["pages"]) == (8, "lora", 1024, 2)
     unread = client.get("/v1/adapters/red").json()
     assert (unread["tier"], unread["rank"], unread["identity"]) == ("disk", None, None)
+    assert (unread["kind"], unread["num_experts"]) == (None, None)
+
+
+def test_adapters_and_models_show_kinds_and_experts(client: TestClient, engine: Any, folder: Path) -> None:
+    engine.facts = {"kind": "mixlora", "num_experts": 8}
+    client.post("/v1/adapters", json={"id": "green", "path": str(folder)})
+    listed = {one["id"]: one for one in client.get("/v1/adapters").json()["data"]}
+    models = {one["id"]: one for one in client.get("/v1/models").json()["data"]}
+    for green in (listed["green"], client.get("/v1/adapters/green").json(), models["green"]):
+        assert (green["kind"], green["num_experts"]) == ("mixlora", 8)
+    assert client.get("/v1/models/tiny:green").json()["num_experts"] == 8
+    assert (models["red"]["kind"], models["red"]["num_experts"]) == (None, None)
+    assert "kind" not in models["tiny"]
 
 
 def test_adapters_are_listed_page_by_page(client: TestClient) -> None:

@@ -146,6 +146,12 @@ def test_an_empty_file_is_refused_and_a_missing_one_is_too(tmp_path: Path) -> No
         ("pool_bytes", "0", "0"),
         ("host_adapter_bytes", "-1", "8GiB"),
         ("drain_seconds", "-1", "0"),
+        ("max_mix_adapters", "0", "1"),
+        ("max_mix_adapters", "65", "64"),
+        ("max_routing_tokens", "0", "1"),
+        ("expert_metrics", "-1", "0"),
+        ("expert_metrics", "1001", "1000"),
+        ("prefix_caching", "perhaps", "boolean"),
         ("loader_threads", "65", "64"),
         ("allow_bin", "perhaps", "boolean"),
         ("adapter", "upper", "NAME=PATH"),
@@ -184,12 +190,30 @@ def test_settings_do_not_change() -> None:
 
 def test_the_engine_and_the_edge_get_their_shares(tmp_path: Path) -> None:
     settings = load(
-        pool_bytes="1MiB", threads=3, max_model_len=99, allow_bin=True, stream_interval=7, adapter_roots=str(tmp_path)
+        pool_bytes="1MiB",
+        threads=3,
+        max_model_len=99,
+        allow_bin=True,
+        stream_interval=7,
+        adapter_roots=str(tmp_path),
+        max_mix_adapters=3,
+        max_routing_tokens=50,
+        prefix_caching=False,
+        expert_metrics=4,
     )
     engine = settings.engine_config()
-    assert engine == EngineConfig(model="base", pool_bytes=1 << 20, threads=3, max_model_len=99, allow_bin=True)
+    assert engine == EngineConfig(
+        model="base",
+        pool_bytes=1 << 20,
+        threads=3,
+        max_model_len=99,
+        allow_bin=True,
+        prefix_caching=False,
+        expert_metrics=4,
+    )
     edge = settings.http_config()
     assert (edge.model_name, edge.stream_interval, edge.adapter_roots) == ("base", 7, (tmp_path.resolve(),))
+    assert (edge.max_mix_adapters, edge.max_routing_tokens) == (3, 50)
 
 
 def test_defaults_of_the_engine_are_those_of_the_settings() -> None:
