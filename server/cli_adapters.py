@@ -16,15 +16,20 @@ from loraplex.clients.connection import DEFAULT_URL
 from loraplex.clients.types import Adapter
 from loraplex.server.cli_options import ApiKey, Url
 from loraplex.server.cli_report import client_errors_reported, print_line, table_console
+from loraplex.server.engine_config import DtypeName
 from loraplex.server.lazy import run_lazily
 
 _FILES = "loraplex.server.cli_adapter_files"
+_CONVERT = "loraplex.server.cli_convert:convert"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
 PageTokens = Annotated[int, typer.Option("--page-tokens", min=1, help="Tokens of a page of the server's pool.")]
+Dtype = Annotated[DtypeName, typer.Option("--dtype", help="That the base is served in; auto as the server decides.")]
 
-adapters_app = typer.Typer(help="List, check, load and unload adapters.", no_args_is_help=True)
+AllowBin = Annotated[bool, typer.Option("--allow-bin", help="Read pickled weights, too.")]
+
+adapters_app = typer.Typer(help="List, check, convert, load and unload adapters.", no_args_is_help=True)
 
 
 @adapters_app.command("list")
@@ -73,24 +78,73 @@ def inspect_adapter(
     ] = None,
     allow_bin: Annotated[bool, typer.Option("--allow-bin", help="Read pickled weights, with --base.")] = False,
     page_tokens: PageTokens = 16,
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Tell what an adapter folder holds. Needs no server."""
-    run_lazily(f"{_FILES}:inspect", path, base, allow_bin=allow_bin, page_tokens=page_tokens, as_json=as_json)
+    run_lazily(
+        f"{_FILES}:inspect", path, base, allow_bin=allow_bin, page_tokens=page_tokens, dtype=dtype, as_json=as_json
+    )
 
 
 @adapters_app.command("verify")
 def verify_adapters(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders of adapters, or folders of those.")],
-    base: Annotated[Path, typer.Option("--base", help="Folder of the base model.")],
-    allow_bin: Annotated[bool, typer.Option("--allow-bin", help="Read pickled weights, too.")] = False,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Folder of the base model; DoRA and token-wise routing need it.")
+    ] = None,
+    allow_bin: AllowBin = False,
     page_tokens: PageTokens = 16,
+    dtype: Dtype = "auto",
 ) -> None:
     """Make every check that a server makes before it serves an adapter. Needs no server.
 
-    Exits with 1 if any adapter cannot be served.
+    Without a base model, everything but whether it fits one. Exits with 1 if any adapter cannot be served.
     """
-    run_lazily(f"{_FILES}:verify", paths, base, allow_bin=allow_bin, page_tokens=page_tokens)
+    run_lazily(f"{_FILES}:verify", paths, base, allow_bin=allow_bin, page_tokens=page_tokens, dtype=dtype)
+
+
+@adapters_app.command("convert")
+def convert_adapter(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders of adapters.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Folder of the base model. Only renaming does without it.")
+    ] = None,
+    gates: Annotated[
+        list[Path] | None,
+        typer.Option("--gates", help="Checkpoint with the gates of a MeteoRA whose LoRAs are the PATHs; repeatable."),
+    ] = None,
+    router: Annotated[
+        Path | None,
+        typer.Option("--router", help="Safetensors file with the [PATHs, hidden] router of a token-wise mixture."),
+    ] = None,
+    initial: Annotated[
+        Path | None, typer.Option("--initial", help="Folder of a PiSSA, OLoRA or the like as it was before training.")
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts of a token, with --gates or --router.")] = 2,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the gates, with --gates.")] = 1.0,
+    allow_bin: AllowBin = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is an adapter.")] = False,
+) -> None:
+    """Write adapters in a form that can be served. Needs no server.
+
+    One PATH: safetensors, MixLoRA in today's naming, PiSSA and OLoRA as plain LoRA. Several PATHs: one mixture of them,
+    with --gates or --router. The result is read back with every check before it appears.
+    """
+    run_lazily(
+        _CONVERT,
+        paths,
+        out,
+        base,
+        gates=gates or [],
+        router=router,
+        initial=initial,
+        top_k=top_k,
+        temperature=temperature,
+        allow_bin=allow_bin,
+        force=force,
+    )
 
 
 def _as_server_sees_it(path: str) -> str:
