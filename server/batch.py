@@ -1,12 +1,12 @@
 """Makes the tensors of a step from the scheduler's plan.
 
-Rows are arranged so that those of one adapter stand together: base-only rows first, then adapters with few rows, then
-those with many (see ``kernels/lora_plan.py``).
+Rows are arranged so that those of one adapter stand together: rows without a single adapter first, then adapters with
+few rows, then those with many (see ``kernels/lora_plan.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,9 +14,12 @@ import numpy as np
 import torch
 
 from loraplex.kernels.attention_plan import AttentionPlanner, SequenceSpan
-from loraplex.kernels.lora_plan import SHORT_SEGMENT_ROWS, AdapterBatch, Segment
-from loraplex.kernels.lora_rows import ResidentAdapter, SiteGroup
+from loraplex.kernels.lora_plan import SHORT_SEGMENT_ROWS, Segment
+from loraplex.kernels.lora_rows import Int64Array, ResidentAdapter, SiteGroup
+from loraplex.kernels.lora_work import EmbeddingRows
+from loraplex.kernels.step_adapters import RouteLog, StepAdapters
 from loraplex.memory.kv_cache import KvCache
+from loraplex.server.adapter_rows import AdapterRows, Assignment, PlacedRows, direct_adapter
 from loraplex.server.decoder import DecoderInput
 from loraplex.server.step_plan import Chunk
 
@@ -33,17 +36,37 @@ class LogitRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens ``start`` to ``stop - 1`` of a chunk, which all have the same adapters; an activated LoRA cuts in two."""
+
+    chunk: Chunk
+    assignment: Assignment
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """A step's input, and which logits it will yield, in their order."""
+    """A step's input, and which logits it will yield, in their order.
+
+    Attributes:
+        pieces: with the row that each begins at.
+        log: the experts that routers choose, where anybody asks; filled by the forward pass.
+    """
 
     step: DecoderInput
     logit_rows: list[LogitRow]
+    pieces: list[tuple[int, Piece]]
+    log: RouteLog | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Arranged(Generic[T]):
-    items: list[T]
+    """Items with their assignments and the rows they begin at; direct segments; and the rows that have adapters."""
+
+    items: list[tuple[int, T]]
     segments: list[Segment]
+    placed: list[PlacedRows]
 
 
 class BatchMaker:
@@ -54,89 +77,107 @@ class BatchMaker:
         kv: page lists of sequences.
         embedding_group: the embedding as a site.
         device: where tensors go.
+        logs_routes: whether every step's choices of experts are noted, and not only those that a request asks for.
     """
 
     def __init__(
-        self, planner: AttentionPlanner, kv: KvCache, embedding_group: SiteGroup, device: torch.device
+        self,
+        planner: AttentionPlanner,
+        kv: KvCache,
+        embedding_group: SiteGroup,
+        device: torch.device,
+        *,
+        logs_routes: bool = False,
     ) -> None:
         self._planner = planner
         self._kv = kv
         self._embedding_group = embedding_group
         self._device = device
-        self._rows = _Reused(device)
-        self._logit_rows = _Reused(device)
+        self._logs_routes = logs_routes
+        self._rows = AdapterRows(device)
+        self._logit_rows = AdapterRows(device)
 
     def make(self, chunks: Sequence[Chunk], resident: Mapping[str, ResidentAdapter]) -> Batch:
         """The tensors of a step over ``chunks``, whose adapters are in ``resident`` by identity."""
         arranged = _arrange(
-            ((_adapter_of(chunk, resident), chunk, chunk.stop - chunk.start) for chunk in chunks),
+            (piece.assignment, piece, piece.stop - piece.start) for chunk in chunks for piece in _cut(chunk, resident)
         )
         spans: list[SequenceSpan] = []
-        wanted: list[LogitRow] = []
+        wanted: list[tuple[Assignment, LogitRow, int]] = []
         tokens: list[int] = []
-        for chunk in arranged.items:
-            row = len(tokens)
-            tokens += chunk.sequence.token_slice(chunk.start, chunk.stop)
-            spans.append(SequenceSpan(row, chunk.start, chunk.stop, self._kv.pages(chunk.sequence.seq_id)))
-            wanted += _wanted_logits(chunk, row)
-        logits = _arrange((_adapter_of(want.chunk, resident), want, 1) for want in wanted)
+        for row, piece in arranged.items:
+            sequence = piece.chunk.sequence
+            tokens += sequence.token_slice(piece.start, piece.stop)
+            spans.append(SequenceSpan(row, piece.start, piece.stop, self._kv.pages(sequence.seq_id)))
+            wanted += [(piece.assignment, want, 1) for want in _wanted_logits(piece, row)]
+        logits = _arrange(wanted)
         token_array = np.array(tokens, dtype=np.int64)
-        adapters = self._rows.batch(arranged.segments)
+        log = RouteLog() if self._logs_routes or any(chunk.wants_routing for chunk in chunks) else None
+        adapters = self._rows.make(arranged.segments, arranged.placed, token_array, log)
+        logit_rows = np.array([want.row for _, want in logits.items], dtype=np.int64)
         step = DecoderInput(
             tokens=torch.from_numpy(token_array).to(self._device, non_blocking=True),
             attention=self._planner.plan(spans),
             adapters=adapters,
-            embedding=None if adapters is None else adapters.embedding_plan(self._embedding_group, token_array),
-            logit_rows=torch.tensor([want.row for want in logits.items], dtype=torch.int64, device=self._device),
-            logit_adapters=self._logit_rows.batch(logits.segments),
+            embedding=self._embedding(adapters, token_array),
+            logit_rows=torch.from_numpy(logit_rows).to(self._device, non_blocking=True),
+            logit_adapters=self._logit_rows.make(logits.segments, logits.placed, token_array[logit_rows], routes=False),
         )
-        return Batch(step, logits.items)
+        return Batch(step, [want for _, want in logits.items], arranged.items, log)
+
+    def _embedding(self, adapters: StepAdapters | None, tokens: Int64Array) -> tuple[EmbeddingRows, ...]:
+        batches = (adapters.direct, adapters.listed) if adapters is not None else ()
+        plans = [batch.embedding_plan(self._embedding_group, tokens) for batch in batches if batch is not None]
+        return tuple(plan for plan in plans if plan is not None)
 
 
-@dataclass(slots=True)
-class _Reused:
-    """The last adapter batch, for as long as the segments stay the same."""
-
-    device: torch.device
-    _last: AdapterBatch | None = None
-
-    def batch(self, segments: list[Segment]) -> AdapterBatch | None:
-        if not segments:
-            return None
-        if self._last is None or self._last.segments != segments:
-            self._last = AdapterBatch(segments, self.device)
-        return self._last
+def _cut(chunk: Chunk, resident: Mapping[str, ResidentAdapter]) -> Iterator[Piece]:
+    """The tokens before the adapters act, which are the base model's, and those from there on."""
+    acts_from = min(max(chunk.adapter_start, chunk.start), chunk.stop) if chunk.adapters else chunk.stop
+    if chunk.start < acts_from:
+        yield Piece(chunk, (), chunk.start, acts_from)
+    if acts_from < chunk.stop:
+        assignment = tuple([(resident[identity], weight) for identity, weight in chunk.adapters])
+        yield Piece(chunk, assignment, acts_from, chunk.stop)
 
 
-def _adapter_of(chunk: Chunk, resident: Mapping[str, ResidentAdapter]) -> ResidentAdapter | None:
-    return None if chunk.adapter is None else resident[chunk.adapter]
-
-
-def _wanted_logits(chunk: Chunk, row: int) -> list[LogitRow]:
-    positions = list(range(chunk.start, min(chunk.stop, len(chunk.sequence.prompt_ids) - 1)))
+def _wanted_logits(piece: Piece, row: int) -> list[LogitRow]:
+    chunk = piece.chunk
+    positions = list(range(piece.start, min(piece.stop, len(chunk.sequence.prompt_ids) - 1)))
     if not chunk.wants_prompt_logprobs:
         positions = []
-    if chunk.samples:
+    if chunk.samples and piece.stop == chunk.stop:
         positions.append(chunk.stop - 1)
-    return [LogitRow(chunk, position, row + position - chunk.start) for position in positions]
+    return [LogitRow(chunk, position, row + position - piece.start) for position in positions]
 
 
-def _arrange(items: Iterable[tuple[ResidentAdapter | None, T, int]]) -> _Arranged[T]:
-    """Sort items, each with an adapter and a number of rows, into base-only ones, short and long segments."""
-    base: list[T] = []
-    by_adapter: dict[int, tuple[ResidentAdapter, list[T], list[int]]] = {}
-    start = 0
-    for adapter, item, rows in items:
+def _arrange(items: Iterable[tuple[Assignment, T, int]]) -> _Arranged[T]:
+    """Sort items, each with an assignment and a number of rows: without a direct adapter, short segments, long ones."""
+    loose: list[tuple[Assignment, T, int]] = []
+    by_adapter: dict[int, tuple[ResidentAdapter, list[tuple[Assignment, T, int]]]] = {}
+    for item in items:
+        adapter = direct_adapter(item[0])
         if adapter is None:
-            base.append(item)
-            start += rows
+            loose.append(item)
         else:
-            group = by_adapter.setdefault(id(adapter), (adapter, [], []))
-            group[1].append(item)
-            group[2].append(rows)
-    segments: list[Segment] = []
-    for adapter, members, rows_ in sorted(by_adapter.values(), key=lambda g: sum(g[2]) > SHORT_SEGMENT_ROWS):
-        segments.append(Segment(adapter, start, start + sum(rows_)))
-        base += members
-        start += sum(rows_)
-    return _Arranged(base, segments)
+            by_adapter.setdefault(id(adapter), (adapter, []))[1].append(item)
+    arranged: _Arranged[T] = _Arranged([], [], [])
+    start = _place(arranged, loose, 0)
+    for adapter, members in sorted(by_adapter.values(), key=lambda g: _num_rows(g[1]) > SHORT_SEGMENT_ROWS):
+        stop = _place(arranged, members, start)
+        arranged.segments.append(Segment(adapter, start, stop))
+        start = stop
+    return arranged
+
+
+def _place(arranged: _Arranged[T], items: list[tuple[Assignment, T, int]], start: int) -> int:
+    for assignment, item, rows in items:
+        arranged.items.append((start, item))
+        if assignment:
+            arranged.placed.append(PlacedRows(assignment, start, start + rows))
+        start += rows
+    return start
+
+
+def _num_rows(items: list[tuple[Assignment, T, int]]) -> int:
+    return sum(rows for _, _, rows in items)

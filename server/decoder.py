@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from loraplex.kernels import ops
 from loraplex.kernels.attention_plan import AttentionPlan
-from loraplex.kernels.lora import add_embedding_lora, add_lora
-from loraplex.kernels.lora_plan import AdapterBatch, EmbeddingRows, GroupPlan
+from loraplex.kernels.dense_linear import DenseLinear
+from loraplex.kernels.lora import add_embedding_lora
 from loraplex.kernels.lora_rows import SiteGroup
+from loraplex.kernels.lora_work import EmbeddingRows
+from loraplex.kernels.step_adapters import StepAdapters
+from loraplex.server.rms_norm import rms_norm
 from loraplex.server.traits import ModelTraits
 from loraplex.server.weights import DecoderWeights, LayerWeights
 
@@ -32,10 +36,10 @@ class DecoderInput:
 
     tokens: torch.Tensor
     attention: AttentionPlan
-    adapters: AdapterBatch | None
-    embedding: EmbeddingRows | None
+    adapters: StepAdapters | None
+    embedding: tuple[EmbeddingRows, ...]
     logit_rows: torch.Tensor
-    logit_adapters: AdapterBatch | None
+    logit_adapters: StepAdapters | None
 
 
 class Decoder:
@@ -71,7 +75,8 @@ class Decoder:
         weights = self._weights
         whole = arena.view(-1, 128)
         x = F.embedding(step.tokens, weights.embedding)
-        add_embedding_lora(x, whole, step.embedding)
+        for work in step.embedding:
+            add_embedding_lora(x, whole, work)
         rotary = self._rotary(step.attention.positions, x.dtype)
         for layer in range(self._traits.num_layers):
             x = self._layer(layer, x, step, rotary, arena[layer])
@@ -80,7 +85,7 @@ class Decoder:
         x = self._norm(x.index_select(0, step.logit_rows), weights.norm)
         logits = weights.lm_head(x)
         if step.logit_adapters is not None:
-            add_lora(logits, x, whole, step.logit_adapters.model_plan(self.lm_head_group))
+            step.logit_adapters.add_model(logits, x, whole, self.lm_head_group)
         return logits.float()
 
     def _layer(
@@ -92,28 +97,42 @@ class Decoder:
         arena: torch.Tensor,
     ) -> torch.Tensor:
         weights = self._weights.layers[index]
-        chunks = arena.view(-1, 128)
-        plans = [
-            self._plan(step, index, g) for g in (self.qkv_group, self.o_group, self.gate_up_group, self.down_group)
-        ]
         h = self._norm(x, weights.input_norm)
-        qkv = weights.qkv(h)
-        add_lora(qkv, h, chunks, plans[0])
+        qkv = self._linear(weights.qkv, h, index, self.qkv_group, step, arena)
         h = self._attend(index, qkv, weights, step.attention, rotary, arena)
-        attended = weights.o(h)
-        add_lora(attended, h, chunks, plans[1])
-        x = x + attended
-        h = self._norm(x, weights.post_norm)
-        gate_up = weights.gate_up(h)
-        add_lora(gate_up, h, chunks, plans[2])
-        gate, up = gate_up.chunk(2, dim=-1)
-        h = F.silu(gate).mul_(up)
-        down = weights.down(h)
-        add_lora(down, h, chunks, plans[3])
-        return x + down
+        x = x + self._linear(weights.o, h, index, self.o_group, step, arena)
+        return x + self._feed_forward(index, self._norm(x, weights.post_norm), step, arena)
 
-    def _plan(self, step: DecoderInput, layer: int, group: SiteGroup) -> GroupPlan | None:
-        return None if step.adapters is None else step.adapters.layer_plan(layer, group)
+    def _linear(
+        self,
+        linear: DenseLinear,
+        x: torch.Tensor,
+        layer: int,
+        group: SiteGroup,
+        step: DecoderInput,
+        arena: torch.Tensor,
+    ) -> torch.Tensor:
+        """A linear, or several over the same input, with what the adapters change of it."""
+        y = linear(x)
+        if step.adapters is not None:
+            step.adapters.add(y, x, arena.view(-1, 128), layer, group, linear.bias)
+        return y
+
+    def _feed_forward(self, layer: int, x: torch.Tensor, step: DecoderInput, arena: torch.Tensor) -> torch.Tensor:
+        weights = self._weights.layers[layer]
+        adapters = step.adapters
+        if adapters is None:
+            return weights.down(_gated(weights.gate_up(x)))
+        chunks = arena.view(-1, 128)
+        gate_up = weights.gate_up(x)
+        experts = adapters.run_experts(gate_up, x, chunks, layer, self.gate_up_group, weights.gate_up.bias, F.silu)
+        adapters.add(gate_up, x, chunks, layer, self.gate_up_group, weights.gate_up.bias)
+        h = _gated(gate_up) if experts is None else experts.combine(len(x), partial(_gated, gate_up))
+        down = weights.down(h)
+        adapters.add(down, h, chunks, layer, self.down_group, weights.down.bias)
+        if experts is not None:
+            adapters.add_down(down, chunks, layer, self.down_group, experts, weights.down, weights.down.bias)
+        return down
 
     def _attend(
         self,
@@ -163,10 +182,7 @@ class Decoder:
         return out.view(rows, -1)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm in fp32, scaled in the model's dtype, https://arxiv.org/abs/1910.07467."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._traits.rms_eps)
-        return wide.to(x.dtype).mul_(weight)
+        return rms_norm(x, weight, self._traits.rms_eps)
 
     def _rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [rows, 1, head_dim]."""
@@ -178,6 +194,12 @@ class Decoder:
 
 def _group(features: Mapping[str, tuple[int, int]], *sites: str) -> SiteGroup:
     return SiteGroup(sites, features[sites[0]][0], tuple(features[site][1] for site in sites))
+
+
+def _gated(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up``, https://arxiv.org/abs/2002.05202."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -135,7 +135,7 @@ class Engine:
             if not plan.chunks:
                 return []
             result = self._execute(plan)
-            outputs = scheduler.complete(plan, result.sampled, result.prompt_logprobs)
+            outputs = scheduler.complete(plan, result.sampled, result.prompt_logprobs, result.routing)
         except Exception as error:
             _log.exception("a step failed; its requests end with an error")
             self._failed += scheduler.fail_all(EngineError(f"The engine failed in a step: {type(error).__name__}."))
@@ -146,9 +146,10 @@ class Engine:
         return outputs
 
     def _distrust_pool(self) -> None:
-        """After a step that failed half-way any adapter in the pool may be half copied: they are paged in afresh."""
+        """After a step that failed half-way anything in the pool may be half written: it is all made afresh."""
         for identity in self._parts.adapters.resident:
             self._parts.adapters.drop(identity)
+        self._parts.kv.prefixes.clear()
         self._parts.runner.keep_only(())
 
     def _execute(self, plan: StepPlan) -> StepResult:
@@ -214,6 +215,7 @@ class Engine:
             pages_kv=parts.kv.num_pages,
             pages_adapter=parts.adapters.num_pages,
             pages_free=parts.pool.num_free,
+            pages_cached=parts.kv.prefixes.num_idle_pages,
             adapters_resident=len(parts.adapters.resident),
             adapters_host=store.images,
             host_bytes=store.host_bytes,
@@ -223,7 +225,9 @@ class Engine:
             adapter_evictions=parts.adapters.evictions,
             adapter_load_failures=store.failures,
             preemptions=parts.scheduler.preemptions,
+            prefix_hit_tokens=parts.scheduler.prefix_hit_tokens,
             steps=self._steps,
+            expert_tokens=parts.directory.by_name(parts.runner.expert_tokens),
             load_seconds=self._load_seconds,
             step_seconds=self._step_seconds,
         )

@@ -30,6 +30,7 @@ from loraplex.server.host_directory import HostDirectory
 from loraplex.server.messages import EngineInfo
 from loraplex.server.model_runner import ModelRunner
 from loraplex.server.progress import Progress
+from loraplex.server.routing_report import ExpertCounts
 from loraplex.server.scheduler import Scheduler
 from loraplex.server.scheduler_config import SchedulerConfig
 from loraplex.server.traits import ModelTraits, read_traits
@@ -125,7 +126,7 @@ def _wire(
         allow_bin=config.allow_bin,
         pin_memory=device.type == "cuda",
         base_name=config.model,
-        base_weights=BaseMatrices(Path(info.model_path), traits),
+        base_weights=BaseMatrices(Path(info.model_path), traits, shape.dtype),
         on_change=on_change,
     )
     directory = HostDirectory(store, adapters, info.num_pages)
@@ -136,9 +137,11 @@ def _wire(
         max_running=config.max_running,
         max_waiting=config.max_waiting,
         prefill_chunk=config.prefill_chunk,
+        prefix_caching=config.prefix_caching,
     )
     planner = AttentionPlanner(shape.page_tokens, tuple(dict.fromkeys(traits.windows)), shape.dtype, device)
-    batches = BatchMaker(planner, kv, decoder.embedding_group, device)
+    counts = ExpertCounts(config.expert_metrics) if config.expert_metrics else None
+    batches = BatchMaker(planner, kv, decoder.embedding_group, device, logs_routes=counts is not None)
     return EngineParts(
         info=info,
         pool=pool,
@@ -147,7 +150,7 @@ def _wire(
         store=store,
         directory=directory,
         scheduler=Scheduler(limits, pool, kv, adapters, directory),
-        runner=ModelRunner(decoder, arena, batches),
+        runner=ModelRunner(decoder, arena, batches, counts),
     )
 
 

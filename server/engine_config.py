@@ -29,6 +29,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     loader_threads: int = 2
     allow_bin: bool = False
     poison_freed_pages: bool = False
+    prefix_caching: bool = True
+    expert_metrics: int = 0
     stats_interval: float = 0.25
 
 

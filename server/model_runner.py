@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import torch
 
 from loraplex.kernels.lora_rows import ResidentAdapter
+from loraplex.kernels.step_adapters import RouteLog
 from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.transfer import page_in
 from loraplex.server.batch import Batch, BatchMaker, LogitRow
 from loraplex.server.decoder import Decoder
-from loraplex.server.messages import TokenLogprob
+from loraplex.server.messages import RouterChoice, TokenLogprob
+from loraplex.server.routing_report import ExpertCounts, routing_of_sequences
 from loraplex.server.sampler import sample, token_logprobs
 from loraplex.server.step_plan import Chunk, SampledToken
 
@@ -22,10 +24,12 @@ _LOGPROB_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step yields, by ``seq_id``: sampled tokens, and log-probabilities of the prompt tokens of its chunks."""
+    """What a step yields, by ``seq_id``: sampled tokens, log-probabilities of the prompt tokens of its chunks, and the
+    experts that routers chose, for the sequences that ask."""
 
     sampled: dict[int, SampledToken] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    routing: dict[int, list[RouterChoice]] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -35,19 +39,30 @@ class ModelRunner:
         decoder: the model.
         arena: [num_layers, num_pages, page_elems], the pool's memory.
         batches: makes the tensors.
+        expert_counts: counts the choices of routers, where the metrics show them.
     """
 
-    def __init__(self, decoder: Decoder, arena: torch.Tensor, batches: BatchMaker) -> None:
+    def __init__(
+        self, decoder: Decoder, arena: torch.Tensor, batches: BatchMaker, expert_counts: ExpertCounts | None = None
+    ) -> None:
         self._decoder = decoder
         self._arena = arena
         self._batches = batches
+        self._expert_counts = expert_counts
         self._resident: dict[str, ResidentAdapter] = {}
+
+    @property
+    def expert_tokens(self) -> dict[str, list[int]]:
+        """How often each expert was chosen, by identity, for the adapters with the most; empty where nobody asks."""
+        return self._expert_counts.most() if self._expert_counts is not None else {}
 
     def page_in(self, image: AdapterImage, pages: list[int]) -> None:
         """Copy an adapter into its pages; from now on chunks may name it."""
         page_in(image, self._arena, pages)
         num_layers, num_pages, page_elems = self._arena.shape
-        self._resident[image.identity] = ResidentAdapter(image.layout, pages, page_elems // 128, num_layers, num_pages)
+        self._resident[image.identity] = ResidentAdapter(
+            image.layout, pages, page_elems // 128, num_layers, num_pages, image.routing, image.token_routes
+        )
 
     def keep_only(self, identities: Iterable[str]) -> None:
         """Forget adapters that left the pool."""
@@ -62,7 +77,16 @@ class ModelRunner:
             return StepResult()
         batch = self._batches.make(chunks, self._resident)
         logits = self._decoder.forward(batch.step, self._arena)
-        return _read_logits(logits, batch, chunks)
+        result = _read_logits(logits, batch, chunks)
+        if batch.log is not None:
+            self._report_routes(batch.log, batch, result)
+        return result
+
+    def _report_routes(self, log: RouteLog, batch: Batch, result: StepResult) -> None:
+        identities = {adapter: identity for identity, adapter in self._resident.items()}
+        result.routing.update(routing_of_sequences(log, batch.pieces, identities))
+        if self._expert_counts is not None:
+            self._expert_counts.add(log, identities)
 
 
 def _read_logits(logits: torch.Tensor, batch: Batch, chunks: list[Chunk]) -> StepResult:

@@ -56,19 +56,21 @@ class CheckpointReader:
         self._progress = progress
         self.num_parameters = 0
 
-    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """One tensor as stored; its shape must be the one that the configuration says."""
+    def read(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> torch.Tensor:
+        """One tensor as stored, or some of its rows; its shape must be the one that the configuration says."""
         if name not in self._file_of:
             raise CheckpointError(f"tensor {name} is missing from {self._folder}", param=name)
         file = self._folder / self._file_of[name]
         try:
             with safe_open(file, framework="pt", device="cpu") as tensors:
-                tensor: torch.Tensor = tensors.get_tensor(name)
+                stored = tensors.get_slice(name)
+                found = tuple(stored.get_shape())
+                tensor: torch.Tensor = stored[rows] if found else tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}", param=name) from error
-        if tuple(tensor.shape) != shape:
+        if found != shape:
             raise CheckpointError(
-                f"tensor {name} has shape {list(tensor.shape)}, the configuration asks for {list(shape)}", param=name
+                f"tensor {name} has shape {list(found)}, the configuration asks for {list(shape)}", param=name
             )
         self._count(name, tensor)
         return tensor
@@ -79,7 +81,7 @@ class CheckpointReader:
 
     def _count(self, name: str, tensor: torch.Tensor) -> None:
         if name in self._unread:
-            self._unread.remove(name)
+            self._unread.discard(name)  # loader threads may read one tensor at once
             self.num_parameters += tensor.numel()
             self._done += tensor.numel() * tensor.element_size()
         if self._progress is not None:
