@@ -27,13 +27,14 @@ def routing_of_sequences(
         adapters = {adapter for adapter, _ in piece.assignment}
         names = {image.identity: image.ref.name for image in piece.chunk.sequence.request.images}
         for record in log.records:
-            if record.adapter in adapters:
-                choices.append(_choice(record, row, piece, names[identities[record.adapter]]))
+            # Rows under one adapter with different weights have records of their own.
+            first = int(np.searchsorted(record.rows, row))
+            if record.adapter in adapters and first < len(record.rows) and record.rows[first] == row:
+                choices.append(_choice(record, first, piece, names[identities[record.adapter]]))
     return found
 
 
-def _choice(record: RouteRecord, row: int, piece: Piece, name: str) -> RouterChoice:
-    first = int(np.searchsorted(record.rows, row))
+def _choice(record: RouteRecord, first: int, piece: Piece, name: str) -> RouterChoice:
     here = slice(first, first + piece.stop - piece.start)
     pairs = list(zip(record.experts[here].tolist(), record.weights[here].tolist()))
     return RouterChoice(
