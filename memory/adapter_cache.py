@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from loraplex.memory.page_pool import OutOfPages, PagePool
@@ -18,7 +18,7 @@ class _Pinned:
 
 
 class AdapterCache:
-    """Adapters by identity. Pinned ones stay; idle ones stay until their pages are wanted, least recently used first.
+    """Adapters by identity. Pinned ones stay; idle ones stay until their pages are wanted (see ``IdleOrder``).
 
     Attributes:
         hits: times that ``admit`` found the adapter in the pool.
@@ -28,7 +28,7 @@ class AdapterCache:
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
-        self._idle: OrderedDict[str, list[int]] = OrderedDict()
+        self._idle: dict[str, list[int]] = {}  # the least recently used first
         self._pinned: dict[str, _Pinned] = {}
         self._num_idle_pages = 0
         self._num_pages = 0
@@ -65,13 +65,13 @@ class AdapterCache:
         pinned = self._pinned.get(identity)
         return pinned.pins if pinned else 0
 
-    def num_evictable_beside(self, identity: str | None) -> int:
-        """Pages of idle adapters other than this one."""
-        return self._num_idle_pages - len(self._idle.get(identity, ())) if identity else self._num_idle_pages
+    def num_evictable_of(self, identities: Iterable[str]) -> int:
+        """Pages of those among these adapters that are idle."""
+        return sum(len(self._idle.get(identity, ())) for identity in identities)
 
     def can_admit(self, identity: str, num_pages: int) -> bool:
-        """Whether ``admit`` would succeed, by putting out idle adapters if need be."""
-        return self.is_resident(identity) or num_pages <= self._pool.num_free + self._num_idle_pages
+        """Whether ``admit`` would succeed, by putting out what is idle if need be."""
+        return self.is_resident(identity) or num_pages <= self._pool.num_reachable
 
     def admit(self, identity: str, num_pages: int) -> list[int] | None:
         """Make an adapter resident.
@@ -84,28 +84,39 @@ class AdapterCache:
             Its new pages, into which the caller copies the image before any use; None when it was resident.
 
         Raises:
-            OutOfPages: not even without all idle adapters is there room; nothing has changed.
+            OutOfPages: not even without all that is idle is there room; nothing has changed.
         """
         if self.is_resident(identity):
             assert len(self.pages(identity)) == num_pages, f"adapter {identity} has changed its size"
             self._touch(identity)
             self.hits += 1
             return None
-        if not self.make_room(num_pages):
+        if not self._pool.make_room(num_pages):
             raise OutOfPages(
                 f"adapter {identity} needs {num_pages} pages; {self._pool.num_free} are free and "
-                f"{self._num_idle_pages} hold idle adapters"
+                f"{self._pool.idle.num_pages} hold what is idle"
             )
         pages = self._pool.allocate(num_pages, contiguous=True)
-        self._idle[identity] = pages
-        self._num_idle_pages += num_pages
         self._num_pages += num_pages
         self.loads += 1
+        self._add_idle(identity, pages)
+        return pages
+
+    def _add_idle(self, identity: str, pages: list[int]) -> None:
+        self._idle[identity] = pages
+        self._num_idle_pages += len(pages)
+        self._pool.idle.add(identity, len(pages), self)
+
+    def _remove_idle(self, identity: str) -> list[int]:
+        self._pool.idle.discard(identity)
+        pages = self._idle.pop(identity)
+        self._num_idle_pages -= len(pages)
         return pages
 
     def _touch(self, identity: str) -> None:
         if identity in self._idle:
-            self._idle.move_to_end(identity)
+            self._idle[identity] = self._idle.pop(identity)
+            self._pool.idle.touch(identity)
         else:
             # Wanted again after `drop`: the identity names the content, so what lies here is still right.
             self._pinned[identity].doomed = False
@@ -116,9 +127,7 @@ class AdapterCache:
         if pinned is not None:
             pinned.pins += 1
             return
-        pages = self._idle.pop(identity)
-        self._num_idle_pages -= len(pages)
-        self._pinned[identity] = _Pinned(pages, pins=1)
+        self._pinned[identity] = _Pinned(self._remove_idle(identity), pins=1)
 
     def unpin(self, identity: str) -> None:
         """Undo one ``pin``; at the last one the adapter is idle, and the most recently used of the idle ones."""
@@ -127,36 +136,33 @@ class AdapterCache:
         if pinned.pins:
             return
         del self._pinned[identity]
-        self._idle[identity] = pinned.pages
-        self._num_idle_pages += len(pinned.pages)
+        self._add_idle(identity, pinned.pages)
         if pinned.doomed:
-            self._forget(identity)
-
-    def make_room(self, num_pages: int) -> bool:
-        """Put out idle adapters until the pool has ``num_pages`` free pages; none where that would not suffice."""
-        if num_pages > self._pool.num_free + self._num_idle_pages:
-            return False
-        while self._pool.num_free < num_pages:
-            self._forget(next(iter(self._idle)))
-            self.evictions += 1
-        return True
+            self.drop(identity)
 
     def drop(self, identity: str) -> None:
         """Forget an adapter now if it is idle, else at its last unpin; unknown ones are ignored."""
         if identity in self._idle:
-            self._forget(identity)
+            self._forget(self._remove_idle(identity))
         elif identity in self._pinned:
             self._pinned[identity].doomed = True
 
-    def _forget(self, identity: str) -> None:
-        pages = self._idle.pop(identity)
+    def put_out(self, key: Hashable) -> None:
+        """Give up an idle adapter, for ``IdleOrder``."""
+        assert isinstance(key, str)
+        pages = self._idle.pop(key)
         self._num_idle_pages -= len(pages)
+        self._forget(pages)
+        self.evictions += 1
+
+    def _forget(self, pages: list[int]) -> None:
         self._num_pages -= len(pages)
         self._pool.release(pages)
 
     def check_integrity(self) -> None:
         """AssertionError where the adapters' pages, the counts here and the pool's counts disagree."""
         assert not self._idle.keys() & self._pinned.keys()
+        assert [key for key in self._pool.idle.keys if isinstance(key, str)] == list(self._idle)
         assert all(pinned.pins > 0 for pinned in self._pinned.values())
         assert self._num_idle_pages == sum(map(len, self._idle.values()))
         pages = [page for identity in self.resident for page in self.pages(identity)]

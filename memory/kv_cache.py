@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from loraplex.memory.page_pool import PagePool
+from loraplex.memory.prefix_cache import PageChain, PrefixCache, PrefixMatch
 
 
 class KvCache:
@@ -13,6 +14,9 @@ class KvCache:
     Args:
         pool: where pages come from.
         page_tokens: tokens whose K/V one page holds.
+
+    Attributes:
+        prefixes: full pages that later sequences may begin with.
     """
 
     def __init__(self, pool: PagePool, page_tokens: int) -> None:
@@ -21,7 +25,8 @@ class KvCache:
         self._pool = pool
         self._page_tokens = page_tokens
         self._pages: dict[int, list[int]] = {}
-        self._num_pages = 0
+        self._users: dict[int, int] = {}
+        self.prefixes = PrefixCache(pool)
 
     @property
     def page_tokens(self) -> int:
@@ -31,7 +36,7 @@ class KvCache:
     @property
     def num_pages(self) -> int:
         """Pages in use; one that sequences share counts once."""
-        return self._num_pages
+        return len(self._users)
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -57,39 +62,80 @@ class KvCache:
         if missing:
             pages = self._pool.allocate(missing)
             self._pages.setdefault(seq_id, []).extend(pages)
-            self._num_pages += missing
+            self._users.update(dict.fromkeys(pages, 1))
 
-    def share_prefix(self, source: int, target: int, num_tokens: int) -> int:
-        """Let ``target``, which holds nothing yet, begin with the pages of the first tokens of ``source``.
+    def match(self, chain: PageChain, num_tokens: int) -> PrefixMatch:
+        """The longest cached beginning of at most ``num_tokens`` tokens, whole pages only."""
+        return self.prefixes.match(chain, num_tokens // self._page_tokens)
 
-        Only pages that lie full within ``num_tokens`` are shared, so that neither writes where the other reads.
+    def begin_with(self, seq_id: int, chain: PageChain, found: PrefixMatch) -> int:
+        """Let a sequence that holds nothing yet begin with the cached pages that ``match`` has just found.
 
         Returns:
-            Tokens shared, a multiple of ``page_tokens``.
+            Tokens whose K/V it has now, a multiple of ``page_tokens``.
         """
-        assert target not in self._pages, f"sequence {target} already holds pages"
-        shared = self.pages(source)[: num_tokens // self._page_tokens]
-        if shared:
-            self._pool.retain(shared)
-            self._pages[target] = shared
-        return len(shared) * self._page_tokens
+        assert seq_id not in self._pages, f"sequence {seq_id} already holds pages"
+        pages = self.prefixes.take(chain, found.num_pages)
+        if pages:
+            self._pool.retain(pages)
+            self._pages[seq_id] = pages
+            for page in pages:
+                self._users[page] = self._users.get(page, 0) + 1
+        return len(pages) * self._page_tokens
+
+    def cache(self, seq_id: int, chain: PageChain, first: int, stop: int) -> None:
+        """Let others begin with pages ``first`` to ``stop - 1`` of a sequence, which are full and computed.
+
+        One that is cached already, computed by another sequence at the same time, is given up for that one's.
+        """
+        pages = self._pages[seq_id]
+        for index in range(first, stop):
+            own = pages[index]
+            cached = self.prefixes.put(chain, index, own)
+            if cached != own:
+                self._pool.retain((cached,))
+                self._users[cached] = self._users.get(cached, 0) + 1
+                pages[index] = cached
+                self._leave([own], keep=False)
 
     def pages(self, seq_id: int) -> list[int]:
-        """The page list of a sequence, to be read only; it grows as the sequence does. Empty for an unknown one."""
+        """The page list of a sequence, to be read only. Empty for an unknown one.
+
+        It grows as the sequence does; between steps ``cache`` may put a page of the same content in another's place.
+        """
         return self._pages.get(seq_id, [])
 
-    def release(self, seq_id: int) -> None:
-        """Give up the pages of a sequence; unknown ones are ignored."""
+    def release(self, seq_id: int, *, keep: bool = True) -> None:
+        """Give up the pages of a sequence; unknown ones are ignored.
+
+        Cached pages that nobody uses any more stay cached until they are wanted, unless ``keep`` is false.
+        """
         pages = self._pages.pop(seq_id, None)
         if pages:
-            self._num_pages -= self._pool.release(pages)
+            self._leave(pages[::-1], keep)
+
+    def _leave(self, pages: list[int], keep: bool) -> None:
+        """One user less of each page; last ones first."""
+        unused: list[int] = []
+        users = self._users
+        for page in pages:
+            count = users.pop(page) - 1
+            if count:
+                users[page] = count
+            else:
+                unused.append(page)
+        self.prefixes.rest(unused, keep=keep)
+        # In ascending order runs of free pages join up best.
+        self._pool.release(reversed(pages))
 
     def check_integrity(self) -> None:
-        """AssertionError where page lists and the pool's counts disagree."""
+        """AssertionError where page lists, the prefix cache and the pool's counts disagree."""
         users = Counter(page for pages in self._pages.values() for page in pages)
-        assert len(users) == self._num_pages
+        assert users == self._users
+        self.prefixes.check_integrity(users)
         for page, count in users.items():
-            assert self._pool.refcount(page) == count, f"page {page} has {count} users here"
+            owners = count + self.prefixes.holds(page)
+            assert self._pool.refcount(page) == owners, f"page {page} has {owners} owners here"
         for seq_id, pages in self._pages.items():
             assert pages, f"sequence {seq_id} is known but holds nothing"
             assert len(set(pages)) == len(pages), f"sequence {seq_id} holds a page twice"

@@ -11,6 +11,8 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
+from loraplex.memory.idle_order import IdleOrder
+
 
 class OutOfPages(Exception):
     """More pages were asked for than are free."""
@@ -124,6 +126,7 @@ class PagePool:
         self._runs = _FreeRuns(num_pages)
         self._num_free = num_pages
         self._on_release = on_release
+        self.idle = IdleOrder()
 
     @property
     def num_pages(self) -> int:
@@ -135,9 +138,22 @@ class PagePool:
         """Pages that nobody holds."""
         return self._num_free
 
+    @property
+    def num_reachable(self) -> int:
+        """Pages that are free, or could be by putting out what is idle."""
+        return self._num_free + self.idle.num_pages
+
     def can_allocate(self, count: int) -> bool:
         """Whether ``allocate(count)`` would succeed."""
         return count <= self._num_free
+
+    def make_room(self, count: int) -> bool:
+        """Put out what is idle until ``count`` pages are free; nothing, and False, where that would not suffice."""
+        if count > self.num_reachable:
+            return False
+        while self._num_free < count:
+            self.idle.put_out_first()
+        return True
 
     def allocate(self, count: int, *, contiguous: bool = False) -> list[int]:
         """Take ``count`` free pages, each with a count of 1, in ascending runs.

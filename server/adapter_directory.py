@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,10 +17,19 @@ class AdapterLoading:
 
 @dataclass(frozen=True, slots=True)
 class AdapterReady:
-    """The adapter's image is in the host store and takes ``num_pages`` pages of the pool."""
+    """The adapter's image is in the host store.
+
+    Attributes:
+        identity: of its content.
+        num_pages: that it takes in the pool.
+        invocation: tokens from whose last occurrence in the prompt on it acts; empty where it acts on every token.
+        mix_problem: why it cannot be part of a mix, as the end of a sentence; None where it can.
+    """
 
     identity: str
     num_pages: int
+    invocation: tuple[int, ...] = ()
+    mix_problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +51,12 @@ class AdapterDirectory(Protocol):
     def hold(self, ref: AdapterRef) -> None:
         """Keep the adapter's image on the host from when it is read until ``release_hold``.
 
-        Counted. Each request holds its adapter once, from just before its first lookup until its last choice has given
-        up its pages, preemptions included.
+        Counted. Each request holds each of its adapters once, from just before its first lookup until its last choice
+        has given up its pages, preemptions included.
         """
 
     def release_hold(self, ref: AdapterRef) -> None:
         """Undo one ``hold``."""
+
+    def is_full_of(self, refs: Collection[AdapterRef]) -> bool:
+        """Whether something waits for room on the host while nothing but these adapters is held there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -11,6 +11,7 @@ from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.adapter_errors import AdapterFileError
 from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.adapter_store import AdapterStore, Failed, Ready
+from loraplex.memory.merge_recipe import PREFIX
 from loraplex.server.adapter_directory import AdapterFailed, AdapterLoading, AdapterReady, AdapterStatus
 from loraplex.server.errors import AdapterInvalidError, AdapterTooLargeError, EngineError, LoraplexError
 from loraplex.server.messages import AdapterInfo, AdapterRef, AdapterTier
@@ -44,7 +45,9 @@ class HostDirectory:
                 if not self._pin_held(ref):
                     return AdapterLoading()
                 self._note(ref, ready)
-                return AdapterReady(ready.image.identity, ready.image.num_pages)
+                return AdapterReady(
+                    ready.image.identity, ready.image.num_pages, ready.image.invocation, _mix_problem(ready)
+                )
             case Failed(error):
                 return AdapterFailed(to_loraplex_error(ref, error))
             case _:
@@ -74,6 +77,10 @@ class HostDirectory:
             if key in self._pinned:
                 self._pinned.remove(key)
                 self._store.unpin(*key)
+
+    def is_full_of(self, refs: Collection[AdapterRef]) -> bool:
+        """Whether a load waits for room while nothing but these adapters is pinned in the store."""
+        return self._pinned <= {_key(ref) for ref in refs} and self._store.stats.waiting_for_room > 0
 
     def image(self, ref: AdapterRef) -> AdapterImage:
         """The image of an adapter that is held and was found ready."""
@@ -110,10 +117,18 @@ class HostDirectory:
             for key, info in self._known.items()
         ]
 
+    def by_name(self, counts: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """The same by the adapters' names instead of their identities; those that are not listed are left out."""
+        if not counts:
+            return {}
+        names = {info.identity: info.name for info in self._known.values()}
+        return {names[identity]: values for identity, values in counts.items() if identity in names}
+
     def _note(self, ref: AdapterRef, ready: Ready) -> None:
         image = ready.image
         known = self._known.get(_key(ref))
-        if known is not None and known.identity == image.identity:
+        # Adapters merged for a request have no name that could be listed, and there is no end to them.
+        if (known is not None and known.identity == image.identity) or ref.path.startswith(PREFIX):
             return
         self._known[_key(ref)] = AdapterInfo(
             name=ref.name,
@@ -125,6 +140,7 @@ class HostDirectory:
             bytes=image.num_bytes,
             pages=image.num_pages,
             tier="host",
+            num_experts=ready.num_experts,
             warnings=list(ready.warnings),
         )
 
@@ -136,6 +152,13 @@ class HostDirectory:
 
 def _key(ref: AdapterRef) -> Key:
     return ref.path, ref.revision
+
+
+def _mix_problem(ready: Ready) -> str | None:
+    """Why an adapter cannot be added up with others."""
+    if ready.scope == "ffn":
+        return "has experts that are whole feed-forward networks, which cannot be part of a mix"
+    return "is an activated LoRA, which cannot be part of a mix" if ready.image.invocation else None
 
 
 def to_loraplex_error(ref: AdapterRef, error: BaseException) -> LoraplexError:

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from loraplex.server.messages import AdapterRef, FinishReason, Generate, SamplingParams, TokenLogprob
+from loraplex.memory.prefix_cache import PageChain
+from loraplex.server.messages import AdapterRef, FinishReason, Generate, RouterChoice, SamplingParams, TokenLogprob
+
+NEVER: Final = 2**31 - 1
+"""A position behind any token: an adapter that starts here does not act at all."""
 
 
 class SequenceState(Enum):
@@ -41,13 +45,17 @@ class Sequence:
         output_ids: tokens sampled so far; grown by ``append`` only.
         num_computed: leading tokens whose K/V is in the pool.
         state: see ``TRANSITIONS``; changed by ``enter`` only.
-        cached_tokens: prompt tokens whose K/V came from another choice.
+        cached_tokens: tokens whose K/V was in the pool already at the first admission.
         first_scheduled_at: monotonic seconds of the first admission.
         adapter_load_seconds: how long the first admission waited for the adapter; None for the base model.
         output_counts: how often each token was sampled; kept only where a penalty is on.
         prompt_logprobs: collected so far for the prompt tokens from the second on.
         has_output: whether its first output has been sent.
-        pinned: identity of the adapter that it pins.
+        routing: what routers chose for its tokens, collected since its last output.
+        num_routed: leading tokens whose routing is collected or sent, or not asked of this choice.
+        pinned: identities of the adapters that it pins.
+        chain: names of its pages in the prefix cache; None while it is not known, or where it is not used.
+        num_cached_pages: leading full pages that it has from the prefix cache or has given to it, if it uses it.
         passed: later sequences admitted while this one was first in line and found no pages.
         num_tokens: known tokens, the prompt's and the sampled ones; kept by ``append``, as every step asks for it.
     """
@@ -66,7 +74,11 @@ class Sequence:
     output_counts: Counter[int] | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
     has_output: bool = False
-    pinned: str | None = None
+    routing: list[RouterChoice] = field(default_factory=list, repr=False)
+    num_routed: int = 0
+    pinned: tuple[str, ...] = ()
+    chain: PageChain | None = field(default=None, repr=False)
+    num_cached_pages: int = 0
     passed: int = 0
     num_tokens: int = field(init=False)
 
@@ -87,6 +99,14 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         """Whether the log-probabilities of its prompt are asked for and not sent yet."""
         return not self.has_output and self.index == 0 and self.request.params.prompt_logprobs is not None
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading tokens whose K/V may come from the prefix cache: of the others something is wanted of the model."""
+        if self.wants_prompt_logprobs:
+            return 0
+        last = self.num_tokens - 1
+        return min(last, self.num_routed) if self.request.return_routing else last
 
     def token_slice(self, start: int, stop: int) -> list[int]:
         """Known tokens ``start`` to ``stop - 1``, counted from the start of the prompt."""
@@ -120,45 +140,73 @@ class Sequence:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterPages:
+    """An adapter that a request needs in the pool."""
+
+    identity: str
+    ref: AdapterRef
+    num_pages: int
+
+
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt under one adapter, with one sequence for each choice.
+    """One prompt under one adapter or a mix of them, or under none, with one sequence for each choice.
 
     Attributes:
         request_id: as the client of the engine named it.
         params: how to sample.
-        adapter: None for the base model.
+        weights: of the adapters asked for; empty for the base model.
         prompt_ids: at least one.
         arrival: monotonic seconds.
         max_total_tokens: prompt and output together; reaching it ends a choice.
         stop_ids: tokens that end a choice.
+        return_routing: whether to report the experts that routers choose.
         sequences: by choice.
         held_back: sequences that wait for the prompt of choice 0, to share it.
-        adapter_identity: once the adapter was found ready.
-        adapter_pages: that the adapter takes in the pool, once it was found ready.
-        first_lookup_at: monotonic seconds at which the adapter was first asked for.
-        waited_for_adapter: whether the adapter was ever found loading.
-        holds_adapter: whether the adapter is held in the host store for this request.
+        adapters: identities with their weights, by identity; None until all were found ready.
+        adapter_start: first position on which they act; ``NEVER`` for an activated adapter that was not invoked.
+        images: what they take in the pool, once they were found ready.
+        first_lookup_at: monotonic seconds at which the adapters were first asked for.
+        waited_for_adapter: whether an adapter was ever found loading.
+        holds_adapters: whether the adapters are held in the host store for this request.
         num_live: sequences that are not finished.
         num_unreleased: sequences that may still own pages or pins.
     """
 
     request_id: str
     params: SamplingParams
-    adapter: AdapterRef | None
+    weights: Mapping[AdapterRef, float]
     prompt_ids: list[int] = field(repr=False)
     arrival: float
     max_total_tokens: int
     stop_ids: frozenset[int] = field(repr=False)
+    return_routing: bool = False
     sequences: list[Sequence] = field(default_factory=list)
     held_back: list[Sequence] = field(default_factory=list, repr=False)
-    adapter_identity: str | None = None
-    adapter_pages: int = 0
+    adapters: tuple[tuple[str, float], ...] | None = None
+    adapter_start: int = 0
+    images: tuple[AdapterPages, ...] = ()
     first_lookup_at: float | None = None
     waited_for_adapter: bool = False
-    holds_adapter: bool = False
+    holds_adapters: bool = False
     num_live: int = 0
     num_unreleased: int = 0
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether anything but one adapter as it stands is asked for."""
+        return len(self.weights) > 1 or any(weight != 1.0 for weight in self.weights.values())
+
+    @property
+    def num_adapter_pages(self) -> int:
+        """Pages that its adapters take in the pool."""
+        return sum(image.num_pages for image in self.images)
+
+    @property
+    def content(self) -> str:
+        """What K/V depends on beside the tokens: the adapters' content and weights; "" for the base model."""
+        return repr(self.adapters) if self.adapters else ""
 
 
 def make_request(
@@ -166,14 +214,17 @@ def make_request(
 ) -> Request:
     """Build a request and its sequences, all waiting, with ids from ``first_seq_id`` on."""
     params = generate.params
+    weights = _weights(generate)
     request = Request(
         request_id=generate.request_id,
         params=params,
-        adapter=generate.adapter,
+        weights=weights,
         prompt_ids=generate.prompt_ids,
         arrival=arrival,
         max_total_tokens=max_total_tokens,
         stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
+        return_routing=generate.return_routing,
+        adapters=None if weights else (),
     )
     seed = params.seed if params.seed is not None else secrets.randbits(64)
     counted = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
@@ -185,12 +236,39 @@ def make_request(
             seed=choice_seed(seed, index),
             prompt_ids=request.prompt_ids,
             output_counts=Counter() if counted else None,
+            # The prompt's routing is choice 0's to report.
+            num_routed=len(request.prompt_ids) if index else 0,
         )
         for index in range(generate.n)
     ]
     request.held_back = request.sequences[1:]
     request.num_live = request.num_unreleased = generate.n
     return request
+
+
+def _weights(generate: Generate) -> dict[AdapterRef, float]:
+    """The adapters asked for; one that a mix names twice counts once, with the sum of its weights."""
+    assert not (generate.adapter and generate.mix), "an adapter beside a mix"
+    if generate.adapter is not None:
+        return {generate.adapter: 1.0}
+    weights: dict[AdapterRef, float] = {}
+    for part in generate.mix:
+        weights[part.adapter] = weights.get(part.adapter, 0.0) + part.weight
+    return weights
+
+
+def invocation_start(prompt_ids: list[int], invocation: tuple[int, ...]) -> int:
+    """Where an activated adapter begins to act: at the last occurrence of its tokens in the prompt, or ``NEVER``.
+
+    That is PEFT's rule for ``alora_invocation_tokens``. Without such tokens an adapter acts from the start.
+    """
+    if not invocation:
+        return 0
+    tokens, length = list(invocation), len(invocation)
+    for start in range(len(prompt_ids) - length, -1, -1):
+        if prompt_ids[start] == tokens[0] and prompt_ids[start : start + length] == tokens:
+            return start
+    return NEVER
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -5,7 +5,7 @@ It decides and touches no tensor. A step is ``schedule`` (which gives a ``StepPl
 the step's token budget goes to prompts under way, then to sequences from the line (see ``admission.py``), each by
 arrival.
 
-When a running sequence needs a page and neither a free one nor an idle adapter is left, the running sequence that
+When a running sequence needs a page and neither a free nor an idle one is left, the running sequence that
 arrived last is preempted: it gives up its pages and computes its tokens again when it comes back in. So whoever arrived
 first always gets on, and since its ``max_total_tokens`` fit the pool, it ends.
 """
@@ -16,6 +16,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.kv_cache import KvCache
@@ -28,11 +29,19 @@ from loraplex.server.adapter_directory import (
     AdapterStatus,
 )
 from loraplex.server.admission import Admission, by_arrival, max_tokens_in
-from loraplex.server.errors import ContextLengthError, InvalidRequestError, LoraplexError, OverloadedError
-from loraplex.server.messages import AdapterRef, ErrorInfo, Generate, RequestFailed, TokenLogprob, TokenOutput
+from loraplex.server.errors import LoraplexError, OverloadedError
+from loraplex.server.messages import (
+    AdapterRef,
+    ErrorInfo,
+    Generate,
+    RequestFailed,
+    RouterChoice,
+    TokenLogprob,
+    TokenOutput,
+)
 from loraplex.server.request import Request, Sequence, SequenceState, make_request
 from loraplex.server.scheduler_config import SchedulerConfig
-from loraplex.server.step_output import make_output
+from loraplex.server.step_output import collect_routing, make_output
 from loraplex.server.step_plan import Chunk, PageIn, SampledToken, StepPlan, cut_chunk
 
 __all__ = [
@@ -116,9 +125,13 @@ class Scheduler:
 
     @property
     def running_by_adapter(self) -> Counter[AdapterRef]:
-        """Running sequences under each registration of an adapter."""
-        refs = (sequence.request.adapter for sequence in self._running)
-        return Counter(ref for ref in refs if ref is not None)
+        """Running sequences under each registration of an adapter; one under a mix counts for each of its adapters."""
+        return Counter(ref for sequence in self._running for ref in sequence.request.weights)
+
+    @property
+    def prefix_hit_tokens(self) -> int:
+        """Tokens that sequences found computed when they came in, so far."""
+        return self._admission.prefix_hit_tokens
 
     def add(self, generate: Generate) -> None:
         """Queue a request.
@@ -130,7 +143,7 @@ class Scheduler:
         """
         assert generate.request_id not in self._requests, f"request {generate.request_id} is open already"
         assert generate.n >= 1
-        self._check_length(generate)
+        self._admission.check_prompt(generate)
         if self.num_waiting >= self._config.max_waiting:
             raise OverloadedError(
                 f"{self.num_waiting} sequences are waiting, and the limit is {self._config.max_waiting}."
@@ -147,23 +160,6 @@ class Scheduler:
         self._num_live += generate.n
         self._requests[request.request_id] = request
         self._admission.submit(request.sequences[0])
-
-    def _check_length(self, generate: Generate) -> None:
-        num_prompt, limit = len(generate.prompt_ids), self._config.max_model_len
-        if num_prompt == 0:
-            raise InvalidRequestError("The prompt is empty; it must have at least one token.", param="prompt")
-        needed = num_prompt + (1 if generate.params.max_tokens else 0)
-        if needed > limit:
-            room = "" if needed == num_prompt else " and room for one more is needed"
-            raise ContextLengthError(
-                f"The prompt has {num_prompt} tokens{room}, but the model's context is {limit}.", param="prompt"
-            )
-        pages = self._kv.pages_for(num_prompt)
-        if pages > self._pool.num_pages:
-            raise ContextLengthError(
-                f"The prompt of {num_prompt} tokens needs {pages} pages, but the pool has {self._pool.num_pages}.",
-                param="prompt",
-            )
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one choice of it, without a word. Unknown and finished ones are ignored."""
@@ -202,13 +198,9 @@ class Scheduler:
         budget = self._plan_prefills(plan, self._config.max_batch_tokens - len(plan.chunks))
         # Who has just been preempted would otherwise come straight back, or others take the pages it gave up.
         may_enter = self.preemptions == preemptions
-        self._admission.poll_adapters()
-        self._admission.admit(
-            plan,
-            self._running,
-            budget if may_enter else 0,
-            fail=lambda request, error: self._fail_planned(plan, request, error),
-        )
+        fail = partial(self._fail_planned, plan)
+        self._admission.poll_adapters(fail)
+        self._admission.admit(plan, self._running, budget if may_enter else 0, fail)
         if plan.chunks:
             self._in_flight = plan
         return plan
@@ -221,10 +213,13 @@ class Scheduler:
     def _plan_decodes(self, plan: StepPlan) -> None:
         # By position: preemption shortens the list from its end, where nobody has been planned yet.
         position = 0
+        page_tokens = self._kv.page_tokens
         while position < len(self._running):
             sequence = self._running[position]
             position += 1
-            if sequence.num_computed == sequence.num_tokens - 1 and self._secure_pages(sequence):
+            computed = sequence.num_computed
+            # A token that does not begin a page lies in one that is there.
+            if computed == sequence.num_tokens - 1 and (computed % page_tokens or self._secure_pages(sequence)):
                 plan.chunks.append(cut_chunk(sequence, 1))
 
     def _secure_pages(self, sequence: Sequence) -> bool:
@@ -232,7 +227,7 @@ class Scheduler:
         missing = self._kv.missing_pages(sequence.seq_id, sequence.num_tokens)
         if not missing:
             return True
-        while not self._adapters.make_room(missing):
+        while not self._pool.make_room(missing):
             victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -242,6 +237,8 @@ class Scheduler:
 
     def _plan_prefills(self, plan: StepPlan, budget: int) -> int:
         """Returns the tokens left."""
+        if len(plan.chunks) == len(self._running):
+            return budget
         for sequence in self._running:
             if budget <= 0:
                 break
@@ -266,6 +263,7 @@ class Scheduler:
         plan: StepPlan,
         results: Mapping[int, SampledToken],
         prompt_logprobs: Mapping[int, list[TokenLogprob]] | None = None,
+        routing: Mapping[int, list[RouterChoice]] | None = None,
     ) -> list[TokenOutput]:
         """Take in the results of a step. Those of sequences aborted meanwhile are ignored.
 
@@ -273,6 +271,8 @@ class Scheduler:
             plan: from the last ``schedule``.
             results: by sequence id, one for each chunk that samples.
             prompt_logprobs: by sequence id, for each chunk that wants them (see ``Chunk`` for which).
+            routing: by sequence id, what routers chose for the tokens of chunks that want to know; none where there are
+                no routers.
 
         Returns:
             One output for each sequence that has something to say.
@@ -283,18 +283,30 @@ class Scheduler:
         self._in_flight = None
         self._release_ended()
         outputs: list[TokenOutput] = []
+        page_tokens, running = self._kv.page_tokens, SequenceState.RUNNING
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            if sequence.state is not SequenceState.RUNNING:
+            if sequence.state is not running:
                 continue
             sequence.num_computed = chunk.stop
             if chunk.wants_prompt_logprobs:
                 found = (prompt_logprobs or {})[sequence.seq_id]
                 assert len(found) == min(chunk.stop, len(sequence.prompt_ids) - 1) - chunk.start
                 sequence.prompt_logprobs.extend(found)
+            if chunk.wants_routing:
+                collect_routing(sequence, (routing or {}).get(sequence.seq_id, ()), chunk.stop)
+            if chunk.stop // page_tokens > sequence.num_cached_pages:
+                self._cache_pages(sequence)
             if chunk.stop == sequence.num_tokens:
                 outputs.append(self._take_result(sequence, results[sequence.seq_id] if chunk.samples else None))
         return outputs
+
+    def _cache_pages(self, sequence: Sequence) -> None:
+        """Let others begin with the pages that this sequence has filled, now that the step has succeeded."""
+        stop = sequence.num_computed // self._kv.page_tokens
+        if sequence.chain is not None:
+            self._kv.cache(sequence.seq_id, sequence.chain, sequence.num_cached_pages, stop)
+        sequence.num_cached_pages = stop
 
     def _take_result(self, sequence: Sequence, result: SampledToken | None) -> TokenOutput:
         """Add the sampled token, if any, to a sequence whose known tokens are all computed, and tell its client."""
@@ -332,16 +344,17 @@ class Scheduler:
             self._give_up_pages(sequence)
             request = sequence.request
             request.num_unreleased -= 1
-            if request.num_unreleased == 0 and request.adapter is not None and request.holds_adapter:
-                request.holds_adapter = False
-                self._directory.release_hold(request.adapter)
+            if request.num_unreleased == 0 and request.holds_adapters:
+                request.holds_adapters = False
+                for ref in request.weights:
+                    self._directory.release_hold(ref)
         self._release_later.clear()
 
     def _give_up_pages(self, sequence: Sequence) -> None:
-        self._kv.release(sequence.seq_id)
-        if sequence.pinned is not None:
-            self._adapters.unpin(sequence.pinned)
-            sequence.pinned = None
+        self._kv.release(sequence.seq_id, keep=self._config.prefix_caching)
+        for identity in sequence.pinned:
+            self._adapters.unpin(identity)
+        sequence.pinned = ()
 
     def _stop_running(self, sequence: Sequence) -> None:
         at = bisect_left(self._running, sequence.seq_id, key=by_arrival)
@@ -359,7 +372,9 @@ class Scheduler:
         """AssertionError where the owners of pages, the states of the sequences and the counts here disagree."""
         for owner in (self._pool, self._kv, self._adapters):
             owner.check_integrity()
-        assert self._pool.num_free + self._kv.num_pages + self._adapters.num_pages == self._pool.num_pages
+        owned = self._kv.num_pages + self._kv.prefixes.num_idle_pages + self._adapters.num_pages
+        assert self._pool.num_free + owned == self._pool.num_pages
+        assert self._pool.idle.num_pages == self._kv.prefixes.num_idle_pages + self._adapters.num_evictable_pages
         assert self._running == sorted(self._running, key=by_arrival)
         live = [sequence for request in self._requests.values() for sequence in request.sequences]
         live = [sequence for sequence in live if sequence.state is not SequenceState.FINISHED]
@@ -377,8 +392,8 @@ class Scheduler:
         assert set(self._kv.sequences) <= {sequence.seq_id for sequence in owners}
         for sequence in self._running:
             assert not self._kv.missing_pages(sequence.seq_id, sequence.num_computed)
-            assert sequence.pinned == sequence.request.adapter_identity
-        pins = Counter(sequence.pinned for sequence in owners if sequence.pinned is not None)
+            assert sequence.pinned == tuple(image.identity for image in sequence.request.images)
+        pins = Counter(identity for sequence in owners for identity in sequence.pinned)
         assert pins == {
             name: self._adapters.pins(name) for name in self._adapters.resident if self._adapters.pins(name)
         }

@@ -19,6 +19,9 @@ class SchedulerConfig:
         max_passes: how often a sequence that is first in line and finds no pages may be passed by later ones.
         look_ahead: waiting sequences considered in one step.
         max_loading: adapters that may load at once for waiting requests; their images are held in the host store.
+            The last mix of adapters to be let in may exceed it.
+        prefix_caching: whether K/V of finished sequences is kept for others that begin alike. Choices of one request
+            share their prompt in any case.
     """
 
     max_model_len: int
@@ -30,6 +33,7 @@ class SchedulerConfig:
     max_passes: int = 64
     look_ahead: int = 64
     max_loading: int = 32
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("max_model_len", "max_batch_tokens", "max_running", "max_waiting", "prefill_chunk"), 1)

@@ -17,17 +17,21 @@ class Chunk(NamedTuple):
         start: first token, counted from the start of the prompt; all before it are in the pool.
         stop: behind the last token.
         samples: whether a token is to be sampled from the logits at ``stop - 1``.
-        adapter: identity, or None for the base model.
+        adapters: identities with their weights: none for the base model, one of weight 1, or a mix.
+        adapter_start: position from which on the adapters apply; tokens before it are the base model's.
         wants_prompt_logprobs: whether to report the log-probability of every prompt token from ``start + 1`` to
             ``min(stop, len(prompt) - 1)``, both included: those that the chunk's logits predict.
+        wants_routing: whether to report the experts that routers choose for the chunk's tokens.
     """
 
     sequence: Sequence
     start: int
     stop: int
     samples: bool
-    adapter: str | None
+    adapters: tuple[tuple[str, float], ...]
+    adapter_start: int
     wants_prompt_logprobs: bool
+    wants_routing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,4 +74,13 @@ def cut_chunk(sequence: Sequence, limit: int) -> Chunk:
     stop = min(end, start + limit)
     request = sequence.request
     samples = stop == end and request.params.max_tokens > 0
-    return Chunk(sequence, start, stop, samples, request.adapter_identity, sequence.wants_prompt_logprobs)
+    return Chunk(
+        sequence,
+        start,
+        stop,
+        samples,
+        request.adapters or (),
+        request.adapter_start,
+        sequence.wants_prompt_logprobs,
+        request.return_routing and stop > sequence.num_routed,
+    )

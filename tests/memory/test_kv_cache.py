@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import OutOfPages, PagePool
+from loraplex.memory.prefix_cache import PageChain, PrefixMatch
 
 
 @pytest.fixture
@@ -52,9 +55,17 @@ def test_extending_beyond_the_pool_changes_nothing(pool: PagePool, kv: KvCache) 
     kv.check_integrity()
 
 
-def test_only_full_pages_are_shared(pool: PagePool, kv: KvCache) -> None:
+def chain(*tokens: int, **options: Any) -> PageChain:
+    return PageChain(lambda start, stop: list(tokens[start:stop]), 4, **options)
+
+
+def test_a_sequence_begins_with_cached_pages_and_goes_on_with_its_own(pool: PagePool, kv: KvCache) -> None:
+    tokens = chain(*range(12))
     kv.extend(1, 11)
-    assert kv.share_prefix(1, 2, 11) == 8
+    kv.cache(1, tokens, 0, 2)
+    found = kv.match(tokens, 11)
+    assert found == (2, 0)
+    assert kv.begin_with(2, tokens, found) == 8
     assert kv.pages(2) == kv.pages(1)[:2]
     kv.extend(2, 11)
     assert kv.pages(2)[2] != kv.pages(1)[2]
@@ -63,31 +74,84 @@ def test_only_full_pages_are_shared(pool: PagePool, kv: KvCache) -> None:
     kv.check_integrity()
 
 
-def test_a_prefix_shorter_than_a_page_is_not_shared(kv: KvCache) -> None:
-    kv.extend(1, 11)
-    assert kv.share_prefix(1, 2, 3) == 0
-    assert kv.sequences == (1,)
-    kv.check_integrity()
+def test_only_full_pages_within_the_limit_are_matched(kv: KvCache) -> None:
+    tokens = chain(*range(12))
+    kv.extend(1, 12)
+    kv.cache(1, tokens, 0, 3)
+    assert [kv.match(tokens, limit).num_pages for limit in (0, 3, 4, 7, 8, 12)] == [0, 0, 1, 1, 2, 3]
 
 
-def test_nothing_is_shared_with_an_unknown_sequence(kv: KvCache) -> None:
-    assert kv.share_prefix(7, 2, 100) == 0
+def test_a_sequence_without_a_match_holds_nothing(kv: KvCache) -> None:
+    tokens = chain(*range(12))
+    assert kv.begin_with(2, tokens, kv.match(tokens, 12)) == 0
     assert kv.pages(2) == []
+    assert kv.sequences == ()
+    kv.check_integrity()
 
 
-def test_sharing_into_a_sequence_that_holds_pages_is_a_fault(kv: KvCache) -> None:
+def test_beginning_a_sequence_that_holds_pages_is_a_fault(kv: KvCache) -> None:
     kv.extend(1, 4)
-    kv.extend(2, 4)
     with pytest.raises(AssertionError, match="already holds pages"):
-        kv.share_prefix(1, 2, 4)
+        kv.begin_with(1, chain(1), PrefixMatch())
 
 
-def test_shared_pages_outlive_their_first_owner(pool: PagePool, kv: KvCache) -> None:
+def test_shared_pages_outlive_their_first_owner_and_cached_ones_the_last(pool: PagePool, kv: KvCache) -> None:
+    tokens = chain(*range(8))
     kv.extend(1, 8)
-    kv.share_prefix(1, 2, 8)
+    kv.cache(1, tokens, 0, 1)
+    kv.begin_with(2, tokens, kv.match(tokens, 8))
     kv.release(1)
-    assert (kv.num_pages, pool.num_free) == (2, 6)
+    assert (kv.num_pages, kv.prefixes.num_idle_pages, pool.num_free) == (1, 0, 7)
     kv.check_integrity()
     kv.release(2)
     kv.release(2)
-    assert (kv.num_pages, pool.num_free) == (0, 8)
+    assert (kv.num_pages, kv.prefixes.num_idle_pages, pool.num_free) == (0, 1, 7)
+    kv.check_integrity()
+    assert pool.make_room(8)
+    kv.check_integrity()
+
+
+def test_pages_that_are_not_to_be_kept_go_with_their_last_user(pool: PagePool, kv: KvCache) -> None:
+    tokens = chain(*range(8))
+    kv.extend(1, 8)
+    kv.cache(1, tokens, 0, 2)
+    kv.begin_with(2, tokens, kv.match(tokens, 8))
+    kv.release(1, keep=False)
+    assert kv.match(tokens, 8) == (2, 0)
+    kv.release(2, keep=False)
+    assert kv.match(tokens, 8) == (0, 0)
+    assert pool.num_free == 8
+    kv.check_integrity()
+
+
+def test_pages_computed_twice_become_one() -> None:
+    freed: list[int] = []
+    pool = PagePool(8, on_release=freed.extend)
+    kv = KvCache(pool, page_tokens=4)
+    for seq_id in (1, 2):
+        kv.extend(seq_id, 10)
+    own = list(kv.pages(2))
+    for seq_id in (1, 2):
+        kv.cache(seq_id, chain(*range(8)), 0, 2)
+    assert kv.pages(2) == [*kv.pages(1)[:2], own[2]]
+    assert freed == own[:2]
+    assert (kv.num_pages, pool.num_free) == (4, 4)
+    kv.check_integrity()
+    kv.release(1)
+    assert kv.prefixes.num_idle_pages == 0
+    kv.check_integrity()
+    kv.release(2)
+    assert kv.prefixes.num_idle_pages == 2
+
+
+def test_a_page_that_only_the_cache_holds_is_not_poisoned() -> None:
+    freed: list[int] = []
+    pool = PagePool(8, on_release=freed.extend)
+    kv = KvCache(pool, page_tokens=4)
+    kv.extend(1, 8)
+    pages = list(kv.pages(1))
+    kv.cache(1, chain(*range(4)), 0, 1)
+    kv.release(1)
+    assert freed == pages[1:]
+    kv.prefixes.clear()
+    assert freed == [pages[1], pages[0]]

@@ -1,0 +1,150 @@
+"""The scheduler over the real host store, which reads made-up adapters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loraplex.memory.adapter_cache import AdapterCache
+from loraplex.memory.adapter_spec import FFN, AdapterSpec, BaseShape, LowRankPair, Router, Routing, RoutingScope
+from loraplex.memory.adapter_store import AdapterStore
+from loraplex.memory.kv_cache import KvCache
+from loraplex.memory.page_pool import PagePool
+from loraplex.server.adapter_directory import AdapterReady
+from loraplex.server.host_directory import HostDirectory
+from loraplex.server.messages import AdapterRef, Generate, SamplingParams, WeightedAdapter
+from loraplex.server.scheduler import SampledToken, Scheduler, SchedulerConfig
+
+SHAPE = BaseShape(1, {"gate_proj": (128, 128)}, {})
+UNIT = 2 * 128 * 4
+"""Bytes of an image of rank 1."""
+
+
+def read(path: str) -> AdapterSpec:
+    """An adapter of rank 1, and of the kind that its path begins with."""
+    pair = LowRankPair("gate_proj", 0, torch.ones(1, 128), torch.ones(128, 1), 1.0)
+    spec = AdapterSpec(f"content of {path}", "lora", (pair,))
+    kind = path.partition("-")[0]
+    if kind == "activated":
+        return replace(spec, invocation=(5, 6))
+    if kind in ("ffn", "linear"):
+        scope: RoutingScope = "ffn" if kind == "ffn" else "linear"
+        router = Router(0, FFN if kind == "ffn" else "gate_proj", torch.zeros(3, 128))
+        experts = tuple(replace(pair, expert=expert) for expert in range(3))
+        return replace(spec, pairs=experts, routers=(router,), routing=Routing(scope, 3, 2, renormalize=True))
+    return spec
+
+
+def ref(path: str) -> AdapterRef:
+    return AdapterRef(name=path, path=path)
+
+
+class Host:
+    """A scheduler, a directory and a store of ``units`` images of rank 1, with a clock of ours."""
+
+    def __init__(self, units: int) -> None:
+        self.now = 0.0
+        self.failed: dict[str, str] = {}
+        self.pool = PagePool(100)
+        self.store = AdapterStore(SHAPE, 128, torch.float32, byte_limit=units * UNIT, reader=read, threads=1)
+        adapters = AdapterCache(self.pool)
+        self.directory = HostDirectory(self.store, adapters, 100)
+        kv = KvCache(self.pool, page_tokens=4)
+        config = SchedulerConfig(max_model_len=100)
+        self.scheduler = Scheduler(config, self.pool, kv, adapters, self.directory, clock=lambda: self.now)
+
+    def ready(self, path: str) -> AdapterReady:
+        wait_until(lambda: isinstance(self.directory.lookup(ref(path)), AdapterReady))
+        status = self.directory.lookup(ref(path))
+        assert isinstance(status, AdapterReady)
+        return status
+
+    def step(self) -> list[str] | None:
+        """Requests that ended in one step; None where nothing did."""
+        plan = self.scheduler.schedule()
+        self.failed |= {message.request_id: message.error.name for message in plan.failed}
+        results = {chunk.sequence.seq_id: SampledToken(1) for chunk in plan.chunks}
+        ended = [output.request_id for output in self.scheduler.complete(plan, results)]
+        self.scheduler.check_integrity()
+        return [*ended, *(message.request_id for message in plan.failed)] or None
+
+    def add_mix(self, name: str, *paths: str) -> None:
+        parts = tuple(WeightedAdapter(adapter=ref(path), weight=1.0) for path in paths)
+        self.scheduler.add(Generate(request_id=name, prompt_ids=[1, 2], params=SamplingParams(max_tokens=1), mix=parts))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for too long"
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def make_host() -> Iterator[Callable[[int], Host]]:
+    made: list[Host] = []
+
+    def make(units: int) -> Host:
+        made.append(Host(units))
+        return made[-1]
+
+    yield make
+    for host in made:
+        host.store.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "invocation", "problem"),
+    [
+        ("plain", (), None),
+        ("linear", (), None),
+        ("activated", (5, 6), "is an activated LoRA, which cannot be part of a mix"),
+        ("ffn", (), "has experts that are whole feed-forward networks, which cannot be part of a mix"),
+    ],
+)
+def test_the_scheduler_hears_where_adapters_begin_and_which_cannot_be_mixed(
+    make_host: Callable[[int], Host], path: str, invocation: tuple[int, ...], problem: str | None
+) -> None:
+    status = make_host(20).ready(path)
+    assert (status.invocation, status.mix_problem) == (invocation, problem)
+
+
+def test_the_list_tells_the_number_of_experts_and_leaves_out_what_was_merged(
+    make_host: Callable[[int], Host],
+) -> None:
+    host = make_host(20)
+    for path in ("plain", "ffn", "merged:{}"):
+        host.ready(path)
+    assert {info.name: info.num_experts for info in host.directory.infos({})} == {"plain": 0, "ffn": 3}
+    host.directory.forget(ref("merged:{}"))
+    assert host.directory.info(ref("merged:{}")) is None
+
+
+def test_a_mix_that_the_host_can_never_hold_fails_and_others_go_on(make_host: Callable[[int], Host]) -> None:
+    host = make_host(2)
+    host.add_mix("too many", "a", "b", "c")
+    wait_until(lambda: host.step() is None and host.store.stats.waiting_for_room == 1)
+    host.now += 4.0
+    assert host.step() is None
+    host.now += 6.0
+    wait_until(lambda: host.step() is not None)
+    assert host.failed == {"too many": "AdapterTooLargeError"}
+    host.add_mix("fits", "d", "e")
+    wait_until(lambda: host.step() == ["fits"])
+
+
+def test_mixes_that_keep_each_other_from_the_host_do_not_wait_for_ever(make_host: Callable[[int], Host]) -> None:
+    host = make_host(2)
+    for path in "ac":
+        host.ready(path)
+    host.add_mix("first", "a", "b")
+    host.add_mix("second", "c", "d")
+    wait_until(lambda: host.step() is None and host.store.stats.waiting_for_room == 1)
+    host.now += 6.0
+    wait_until(lambda: host.step() == ["first"])
+    assert host.failed == {"second": "OverloadedError"}
+    assert not host.scheduler.has_work
