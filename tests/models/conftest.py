@@ -3,12 +3,15 @@ an engine step by step."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft
@@ -30,8 +33,10 @@ from loraplex.server.messages import (
     ErrorInfo,
     Generate,
     OutputBatch,
+    RouterChoice,
     SamplingParams,
     TokenLogprob,
+    WeightedAdapter,
 )
 from loraplex.server.traits import read_traits
 
@@ -123,9 +128,40 @@ def config_names() -> list[str]:
     return list(CONFIGS)
 
 
+def load_beside(name: str) -> ModuleType:
+    """A module of this folder, which tests cannot import by its name."""
+    spec = importlib.util.spec_from_file_location(f"tests_models_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def folders() -> ModuleType:
+    """``adapter_folders.py``: writes adapters of every kind."""
+    return load_beside("adapter_folders")
+
+
+@pytest.fixture(scope="session")
+def plain() -> ModuleType:
+    """``plain_model.py``: the reference."""
+    return load_beside("plain_model")
+
+
+@pytest.fixture(scope="session")
+def answers() -> ModuleType:
+    """``answers.py``: answers in one form."""
+    return load_beside("answers")
+
+
 @pytest.fixture(scope="session")
 def save_peft() -> SavePeft:
-    """Saves an adapter with random weights as PEFT does. ``use(model)`` sees the PEFT model first."""
+    """Saves an adapter with random weights as PEFT does, DoRA's magnitudes 0.5 to 1.5 times what they start as.
+
+    ``use(model)`` sees the PEFT model first.
+    """
 
     def save(checkpoint: Checkpoint, folder: Path, *, seed: int = 0, use: Any = None, **options: Any) -> Path:
         with warnings.catch_warnings():
@@ -134,7 +170,9 @@ def save_peft() -> SavePeft:
             base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
             model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
             for name, parameter in model.named_parameters():
-                if "lora_" in name:
+                if "lora_magnitude_vector" in name:
+                    parameter.data.mul_(0.5 + torch.rand_like(parameter))
+                elif "lora_" in name:
                     parameter.data.normal_(0, 0.15)
             model.save_pretrained(folder, save_embedding_layers=False)
             if use is not None:
@@ -142,6 +180,45 @@ def save_peft() -> SavePeft:
         return folder
 
     return save
+
+
+INVOCATION = [11, 12, 13]
+PEFT_KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj", "lm_head"]},
+    "rslora": {"r": 5, "target_modules": "all-linear", "use_rslora": True},
+    "dora": {"r": 3, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], "use_dora": True},
+    "alora": {"r": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "alora_invocation_tokens": INVOCATION},
+}
+MIXTURE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixlora": ("MIXLORA", {}),
+    "mixlora-dynamic": ("MIXLORA", {"routing_strategy": "mixlora-dynamic", "num_experts": 8, "r": 2}),
+    "mixlora-switch": ("MIXLORA", {"routing_strategy": "mixlora-switch", "targets": ["up_proj"], "act_fn": "gelu"}),
+    "mixdora": ("MIXLORA", {"magnitudes": ["gate_proj", "down_proj", "q_proj"], "num_experts": 3, "top_k": 3}),
+    "mola": ("MOLA", {"routed": ["q_proj", "k_proj", "gate_proj", "down_proj"]}),
+    "loramoe": ("LORAMOE", {"routed": ["gate_proj", "up_proj", "down_proj"], "plain": ["q_proj", "o_proj"]}),
+    "meteora": ("METEORA", {"routed": ["v_proj", "up_proj", "down_proj"], "r": 6}),
+    "tokenwise": ("TOKENWISE", {"num_experts": 5, "r": 3}),
+}
+
+
+@pytest.fixture(scope="session")
+def every_kind(
+    folders: ModuleType, save_peft: SavePeft, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Checkpoint], dict[str, Path]]:
+    """One adapter of every kind for a base, by kind. The activated one's tokens are 11, 12, 13."""
+    made: dict[Path, dict[str, Path]] = {}
+
+    def get(base: Checkpoint) -> dict[str, Path]:
+        if base.folder not in made:
+            root = tmp_path_factory.mktemp("kinds")
+            paths = made[base.folder] = {}
+            for seed, (name, options) in enumerate(PEFT_KINDS.items()):
+                paths[name] = save_peft(base, root / name, seed=seed, **options)
+            for seed, (name, (kind, mixture)) in enumerate(MIXTURE_KINDS.items()):
+                paths[name] = folders.write(base.model, root / name, kind, seed=seed, **mixture)
+        return made[base.folder]
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -174,6 +251,7 @@ class Choice:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: str | None = None
     cached_tokens: int = 0
+    routing: list[RouterChoice] = field(default_factory=list)
 
 
 class Driver:
@@ -198,14 +276,23 @@ class Driver:
         prompt: Sequence[int],
         adapter: AdapterRef | None = None,
         *,
+        mix: Sequence[WeightedAdapter] = (),
         n: int = 1,
         max_tokens: int = 8,
         temperature: float = 0.0,
         ignore_eos: bool = True,
+        return_routing: bool = False,
         **params: Any,
     ) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=ignore_eos, **params)
-        command = Generate(request_id=request_id, prompt_ids=list(prompt), params=sampling, adapter=adapter, n=n)
+        command = Generate(
+            request_id=request_id,
+            prompt_ids=list(prompt),
+            params=SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=ignore_eos, **params),
+            adapter=adapter,
+            mix=tuple(mix),
+            n=n,
+            return_routing=return_routing,
+        )
         self.engine.handle(command)
 
     def handle(self, command: Command) -> None:
@@ -232,6 +319,7 @@ class Driver:
                 choice.prompt_logprobs = output.prompt_logprobs
             choice.finish_reason = output.finish_reason
             choice.cached_tokens += output.cached_tokens
+            choice.routing += output.routing or []
         for failure in batch.failed:
             assert failure.request_id not in self.failed | dict.fromkeys(self.aborted), "a request ended twice"
             self.failed[failure.request_id] = failure.error
@@ -260,12 +348,12 @@ class Driver:
         return choice.tokens
 
     def check_idle(self) -> None:
-        """Nothing is open, and every page is free or an idle adapter's."""
+        """Nothing is open, and every page is free, an idle adapter's, or a prefix's that nobody uses."""
         assert not self.engine.has_work
         self.engine.check_integrity()
         stats = self.engine.stats()
         assert (stats.running, stats.waiting, stats.pages_kv) == (0, 0, 0)
-        assert stats.pages_free + stats.pages_adapter == stats.pages_total
+        assert stats.pages_free + stats.pages_adapter + stats.pages_cached == stats.pages_total
 
 
 @pytest.fixture
