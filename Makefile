@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOMS := server memory kernels clients
 
-.PHONY: serve test check lint types unit format docs bench-peers clean
+.PHONY: serve test check lint types unit format docs bench-peers bench-mixture clean
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -36,6 +36,9 @@ docs: $(STAMP)  ## pages that are made from code
 
 bench-peers: $(STAMP)  ## this engine beside transformers + PEFT; prints a record
 	$(BIN)/python tests/bench/bench_peers.py
+
+bench-mixture: $(STAMP)  ## step times of mixtures beside LoRA and the base; prints a record
+	$(BIN)/python tests/bench/bench_mixture.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
