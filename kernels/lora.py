@@ -58,14 +58,23 @@ def add_lora(
 def add_embedding_lora(y: torch.Tensor, chunks: torch.Tensor, work: EmbeddingRows | None) -> None:
     """Add ``scale * B A[:, token]`` to embeddings in place. The input is one-hot: one element of each row of A is read.
 
+    Gains multiply the base embeddings as they were, as in ``add_lora``.
+
     Args:
         y: [rows, hidden], the base embeddings.
         chunks: [num_chunks, 128], the whole arena.
         work: what to do; None is nothing.
     """
-    if work is not None:
-        low_rank = chunks.view(-1).index_select(0, work.element_ids).float()
-        _add_expanded(y, low_rank, chunks, work.group, work.output)
+    if work is None:
+        return
+    low_rank = chunks.view(-1).index_select(0, work.element_ids).float()
+    to, gained = work.output.to, None
+    if work.gains is not None:
+        gains = _gain_matrix(chunks, work.group, work.gains, to.stop - to.start)
+        gained = _gained(to.of(y), None, gains, work.weights)
+    _add_expanded(y, low_rank, chunks, work.group, work.output)
+    if gained is not None:
+        to.add(y, gained)
 
 
 def _add_gains(

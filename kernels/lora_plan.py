@@ -8,7 +8,7 @@ chunk) is two matrix products over the adapter's matrices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,10 +46,26 @@ class UnitSet:
     units: tuple[Unit, ...]
     device: torch.device
     _tables: dict[tuple[object, ...], UnitTable] = field(default_factory=dict)
+    _classes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    _first: dict[ResidentAdapter, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for at, (adapter, _) in enumerate(self.units):
+            self._first.setdefault(adapter, at)
+
+    def first(self, adapter: ResidentAdapter) -> int:
+        """The adapter's first unit; its experts follow one another. KeyError for one that has none here."""
+        return self._first[adapter]
+
+    def covers(self, adapters: Collection[ResidentAdapter]) -> bool:
+        """Whether these adapters have their units here, and make up half of those that have."""
+        return all(adapter in self._first for adapter in adapters) and len(self._first) <= 2 * len(adapters)
 
     def classes(self, layer: int) -> tuple[int, ...]:
         """Equal for layers in which every unit is laid out alike."""
-        return tuple(adapter.layout.layout_of_layer[layer] for adapter, _ in self.units)
+        if layer not in self._classes:
+            self._classes[layer] = tuple(adapter.layout.layout_of_layer[layer] for adapter in self._first)
+        return self._classes[layer]
 
     def layer_table(self, layer: int, group: SiteGroup) -> UnitTable:
         """The units' rows at a group of a layer."""

@@ -75,7 +75,7 @@ class ImageLayoutLike(Protocol):
 
 
 class RoutingLike(Protocol):
-    """How an adapter's routers choose experts (the arithmetic is in ``expert_route.py``)."""
+    """How an adapter's routers choose experts (the arithmetic is that of ``ops.route``)."""
 
     @property
     def scope(self) -> str: ...

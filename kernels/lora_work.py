@@ -110,11 +110,16 @@ class GatheredRows:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRows:
-    """The work of all entries at the embedding: ``element_ids [n]`` int64 are A's elements at the rows' tokens."""
+    """The work of all entries at the embedding: ``element_ids [n]`` int64 are A's elements at the rows' tokens.
+
+    ``weights`` are [entries, 1] float32, or None where all are 1.
+    """
 
     group: SiteGroup
     element_ids: torch.Tensor
     output: ExpandRows
+    gains: GainRows | None
+    weights: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,7 +184,7 @@ def _route_reference(
     chosen = (place < limits[:, None]) & ((place == 0) | (before <= top_p[:, None]))
     weights = torch.where(chosen, p, 0.0)
     total = torch.where(renormalize, weights.sum(-1), 1.0)
-    return experts, weights / total[:, None]
+    return experts, torch.where(chosen, weights / total[:, None], 0.0)
 
 
 @torch.library.impl(_library, "write_kv", "CompositeExplicitAutograd")

@@ -124,22 +124,16 @@ class RoutedBatch:
 
     Args:
         parts: by adapter; a row may come under several adapters of a mix.
-        device: where index tensors go.
+        units: the experts of these adapters, and of any others.
     """
 
     parts: tuple[RoutedRows, ...]
-    device: torch.device
-    units: UnitSet = field(init=False)
-    _first_unit: list[int] = field(init=False)
+    units: UnitSet
     _plans: dict[tuple[object, ...], _RouterPlan | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Adapters with few rows first, as their rows are gathered together.
         self.parts = tuple(sorted(self.parts, key=lambda part: len(part.rows) > SHORT_SEGMENT_ROWS))
-        units = [(part.adapter, expert) for part in self.parts for expert in range(part.routing.num_experts)]
-        self.units = UnitSet(tuple(units), self.device)
-        counts = np.array([part.routing.num_experts for part in self.parts])
-        self._first_unit = (np.cumsum(counts) - counts).tolist()
 
     def is_over(self, parts: Sequence[RoutedRows]) -> bool:
         """Whether this batch is over just these parts, in whatever order."""
@@ -174,10 +168,14 @@ class RoutedBatch:
         )
         return Choice(plan.parts, plan.rows, experts, weights, entries, places[order])
 
+    @property
+    def device(self) -> torch.device:
+        return self.units.device
+
     def _plan(self, layer: int, site: str) -> _RouterPlan | None:
         found = [
-            (part, first, router)
-            for part, first in zip(self.parts, self._first_unit)
+            (part, self.units.first(part.adapter), router)
+            for part in self.parts
             if (router := part.adapter.router(layer, site)) is not None
         ]
         if not found:

@@ -139,7 +139,13 @@ class UnitTable:
         rows = entries.first + np.arange(len(entries.units)) if entries.x_rows is None else entries.x_rows
         token = tokens[rows][owner]
         element_ids = self._a_ids[places, token // CHUNK] * CHUNK + token % CHUNK
-        return EmbeddingRows(self.group, self._to(element_ids), self._output(entries, entries.units, places, owner))
+        return EmbeddingRows(
+            self.group,
+            self._to(element_ids),
+            self._output(entries, entries.units, places, owner),
+            gains=self._gain_rows(entries.units),
+            weights=None if entries.weights is None else self._to(entries.weights[:, None]),
+        )
 
     def _gather(self, entries: Entries, units: Int64Array) -> GatheredRows:
         places, owner = self._low_rank.places(units)

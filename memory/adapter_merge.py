@@ -24,6 +24,9 @@ from loraplex.memory.tensor_checks import check_values
 
 _Site = tuple[int | None, str]
 
+KEY = "merged_adapters"
+"""What errors name; the folders of the sources are no concern of who asks for a merge."""
+
 
 def read_source(path: Path | str, shape: BaseShape, **options: Any) -> AdapterSpec:
     """Read an adapter folder, or read and merge what a recipe names; arguments and errors as in ``read_adapter``."""
@@ -49,8 +52,8 @@ def merge_specs(specs: Sequence[AdapterSpec], recipe: MergeRecipe) -> AdapterSpe
 
     Errors: AdapterFileError for an adapter that is not plain LoRA, and for a site on which the ranks differ.
     """
-    for spec, source in zip(specs, recipe.sources, strict=True):
-        _check_plain(spec, source.path)
+    for number, spec in enumerate(specs, start=1):
+        _check_plain(spec, number)
     identity = _identity(specs, recipe)
     generator = torch.Generator().manual_seed(draws_seed(identity))
     merge = _Merge(recipe, generator)
@@ -75,12 +78,12 @@ def _identity(specs: Sequence[AdapterSpec], recipe: MergeRecipe) -> str:
     return adapter_identity("merged", content, settings)
 
 
-def _check_plain(spec: AdapterSpec, path: str) -> None:
+def _check_plain(spec: AdapterSpec, number: int) -> None:
     if spec.kind != "lora" or spec.routing is not None or any(pair.gain is not None for pair in spec.pairs):
         raise AdapterFileError(
-            f"{shown(path)}: {spec.kind} cannot be merged; expected plain LoRA (peft_type LORA without use_dora and "
-            "alora_invocation_tokens)",
-            key=path,
+            f"adapter {number} of the merge: {spec.kind} cannot be merged; expected plain LoRA (peft_type LORA without "
+            "use_dora and alora_invocation_tokens)",
+            key=KEY,
         )
 
 
@@ -99,12 +102,12 @@ class _Merge:
         self._generator = generator
 
     def site(self, site: _Site, specs: Sequence[AdapterSpec]) -> LowRankPair:
-        found: list[tuple[str, float, LowRankPair]] = []
-        for spec, source in zip(specs, self._recipe.sources):
+        found: list[tuple[int, float, LowRankPair]] = []
+        for number, (spec, source) in enumerate(zip(specs, self._recipe.sources), start=1):
             pair = next((pair for pair in spec.pairs if (pair.layer, pair.site) == site), None)
             if pair is not None:
-                found.append((source.path, source.weight * pair.scale, pair))
-        _check_ranks(site, [(path, pair) for path, _, pair in found])
+                found.append((number, source.weight * pair.scale, pair))
+        _check_ranks(site, [(number, pair) for number, _, pair in found])
         sizes = [math.sqrt(abs(factor)) for _, factor, _ in found]
         signed = [size if factor >= 0 else -size for size, (_, factor, _) in zip(sizes, found)]
         a = self._halves([pair.a for _, _, pair in found], signed)
@@ -131,14 +134,14 @@ class _Merge:
         return tensor * mask / density
 
 
-def _check_ranks(site: _Site, found: Sequence[tuple[str, LowRankPair]]) -> None:
+def _check_ranks(site: _Site, found: Sequence[tuple[int, LowRankPair]]) -> None:
     rank = found[0][1].rank
-    for path, pair in found:
+    for number, pair in found:
         if pair.rank != rank:
             raise AdapterFileError(
-                f"{shown(path)}: rank {pair.rank} on {_shown(site)}, but {shown(found[0][0])} has {rank} there; "
-                "adapters are merged only where their ranks are equal",
-                key=path,
+                f"adapter {number} of the merge: rank {pair.rank} on {_shown(site)}, but adapter {found[0][0]} has "
+                f"{rank} there; adapters are merged only where their ranks are equal",
+                key=KEY,
             )
 
 

@@ -18,7 +18,7 @@ from loraplex.memory.adapter_config import (
 from loraplex.memory.adapter_errors import AdapterFileError, shown
 from loraplex.memory.adapter_spec import Routing, RoutingScope
 
-MAX_EXPERTS = 1024
+MAX_EXPERTS = 256
 
 Strategy = Literal["top-k", "dynamic", "switch", "dense"]
 """The best k, divided by their sum; the shortest prefix above top_p; the best; all. ``Routing`` has the arithmetic."""
@@ -104,7 +104,7 @@ class MixtureConfig:
                 raise AdapterFileError(f"{key} in {CONFIG_NAME}: missing; a mixture needs it", key=key)
         plain = LoraConfig.parse(raw, also_known=MIXTURE_KEYS)
         expert = LoraConfig.parse({**raw, **_expert_values(raw)}, also_known=MIXTURE_KEYS)
-        if plain.invocation:
+        if plain.invocation or expert.invocation:
             key = "alora_invocation_tokens"
             raise AdapterFileError(f"{key} in {CONFIG_NAME}: an activated mixture is not served; only LORA is", key=key)
         if (plain.use_dora or expert.use_dora) and not allow_dora:

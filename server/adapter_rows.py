@@ -7,7 +7,7 @@ a mix and rows of token-wise adapters are *listed*: any number of entries each. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,7 @@ class AdapterRows:
         self._direct: EntryBatch | None = None
         self._listed: EntryBatch | None = None
         self._routed: dict[str, RoutedBatch] = {}
+        self._units: dict[str, UnitSet] = {}
 
     def make(
         self,
@@ -96,12 +97,9 @@ class AdapterRows:
         return self._direct
 
     def _keep_listed(self, listed: Sequence[PlacedRows], tokens: Int64Array, log: RouteLog | None) -> EntryBatch:
-        units = _units(adapter for rows in listed for adapter, _ in rows.assignment)
-        first_unit: dict[int, int] = {}
-        for at, (adapter, _) in enumerate(units):
-            first_unit.setdefault(id(adapter), at)
+        units = self._keep_units("listed", {adapter: None for rows in listed for adapter, _ in rows.assignment})
         entries = [
-            _entries(rows, adapter, weight, first_unit[id(adapter)], tokens, log)
+            _entries(rows, adapter, weight, units.first(adapter), tokens, log)
             for rows in listed
             for adapter, weight in rows.assignment
         ]
@@ -109,15 +107,19 @@ class AdapterRows:
             np.concatenate([unit for unit, _, _ in entries]),
             np.concatenate([row for _, row, _ in entries]),
             np.concatenate([weight for _, _, weight in entries]),
-            len(units),
+            len(units.units),
         )
         last = self._listed
-        if last is None or last.units.units != units:
-            self._listed = EntryBatch(UnitSet(units, self._device), found)
-        elif not last.entries.same_as(found):
-            self._listed = EntryBatch(last.units, found)
-        assert self._listed is not None
-        return self._listed
+        if last is None or last.units is not units or not last.entries.same_as(found):
+            self._listed = last = EntryBatch(units, found)
+        return last
+
+    def _keep_units(self, use: str, adapters: Mapping[ResidentAdapter, None]) -> UnitSet:
+        """The units of these adapters: the last ones, as long as they cover them, since making them takes time."""
+        last = self._units.get(use)
+        if last is None or not last.covers(adapters):
+            last = self._units[use] = UnitSet(_units(adapters, routed=use != "listed"), self._device)
+        return last
 
     def _keep_routed(self, placed: Sequence[PlacedRows], scope: str) -> RoutedBatch | None:
         rows: dict[tuple[ResidentAdapter, float], list[Int64Array]] = {}
@@ -126,20 +128,20 @@ class AdapterRows:
                 if _scope(adapter) == scope:
                     rows.setdefault((adapter, weight), []).append(some.rows)
         if not rows:
-            self._routed.pop(scope, None)
             return None
         parts = [RoutedRows(adapter, np.concatenate(some), weight) for (adapter, weight), some in rows.items()]
+        units = self._keep_units(scope, {adapter: None for adapter, _ in rows})
         last = self._routed.get(scope)
-        if last is None or not last.is_over(parts):
-            self._routed[scope] = RoutedBatch(tuple(parts), self._device)
-        return self._routed[scope]
+        if last is None or last.units is not units or not last.is_over(parts):
+            last = self._routed[scope] = RoutedBatch(tuple(parts), units)
+        return last
 
 
-def _units(adapters: Iterable[ResidentAdapter]) -> tuple[Unit, ...]:
-    """The units of these adapters: each expert of a token-wise one, the plain pairs of any other."""
+def _units(adapters: Iterable[ResidentAdapter], *, routed: bool) -> tuple[Unit, ...]:
+    """The units of these adapters: each expert of one that is routed or token-wise, the plain pairs of any other."""
     units: list[Unit] = []
-    for adapter in dict.fromkeys(adapters):
-        if adapter.routing is not None and adapter.routing.scope == "token":
+    for adapter in adapters:
+        if adapter.routing is not None and (routed or adapter.routing.scope == "token"):
             units += [(adapter, expert) for expert in range(adapter.routing.num_experts)]
         else:
             units.append((adapter, None))

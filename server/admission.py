@@ -21,7 +21,7 @@ from loraplex.server.adapter_directory import AdapterDirectory, AdapterFailed, A
 from loraplex.server.adapter_waits import AdapterWaits
 from loraplex.server.errors import AdapterTooLargeError, ContextLengthError, InvalidRequestError, LoraplexError
 from loraplex.server.messages import AdapterRef, Generate
-from loraplex.server.request import AdapterPages, Request, Sequence, SequenceState, invocation_start
+from loraplex.server.request import NEVER, AdapterPages, Request, Sequence, SequenceState, invocation_start
 from loraplex.server.scheduler_config import SchedulerConfig
 from loraplex.server.step_plan import PageIn, StepPlan, cut_chunk
 
@@ -219,6 +219,11 @@ class Admission:
             if request.is_mix and status.mix_problem is not None:
                 fail(request, InvalidRequestError(f"Adapter '{ref.name}' {status.mix_problem}.", param="adapter_id"))
                 return False
+        if len(ready) == 1:
+            request.adapter_start = invocation_start(request.prompt_ids, ready[0][1].invocation)
+        if request.adapter_start == NEVER:
+            request.adapters = ()
+            return True
         weights: dict[str, float] = {}
         images: dict[str, AdapterPages] = {}
         for ref, status in ready:
@@ -232,8 +237,6 @@ class Admission:
             return False
         # In one order, so that equal mixes are summed alike.
         request.adapters = tuple(sorted(weights.items()))
-        if len(ready) == 1:
-            request.adapter_start = invocation_start(request.prompt_ids, ready[0][1].invocation)
         request.max_total_tokens = min(request.max_total_tokens, max_tokens_in(pool_pages - num_pages, self._kv))
         return True
 

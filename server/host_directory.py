@@ -107,7 +107,7 @@ class HostDirectory:
     def info(self, ref: AdapterRef) -> AdapterInfo | None:
         """What is known of an adapter; None if it has never been read."""
         known = self._known.get(_key(ref))
-        return None if known is None else msgspec.structs.replace(known, tier=self._tier(known))
+        return None if known is None else msgspec.structs.replace(known, name=ref.name, tier=self._tier(known))
 
     def infos(self, running: Mapping[AdapterRef, int]) -> list[AdapterInfo]:
         """All that has been read and not forgotten; ``running`` counts sequences by registration."""

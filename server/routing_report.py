@@ -27,9 +27,11 @@ def routing_of_sequences(
         adapters = {adapter for adapter, _ in piece.assignment}
         names = {image.identity: image.ref.name for image in piece.chunk.sequence.request.images}
         for record in log.records:
+            if record.adapter not in adapters:
+                continue
             # Rows under one adapter with different weights have records of their own.
             first = int(np.searchsorted(record.rows, row))
-            if record.adapter in adapters and first < len(record.rows) and record.rows[first] == row:
+            if first < len(record.rows) and record.rows[first] == row:
                 choices.append(_choice(record, first, piece, names[identities[record.adapter]]))
     return found
 

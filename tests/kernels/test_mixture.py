@@ -140,10 +140,16 @@ def arrange(rows: list[list[tuple[ResidentAdapter, float]]]) -> tuple[Any, ...]:
                 routed[adapter.routing.scope].setdefault((adapter, weight), []).append(row)
     direct = AdapterBatch(segments, CPU) if segments else None
     batches = {
-        scope: RoutedBatch(tuple(RoutedRows(a, np.array(r), w) for (a, w), r in some.items()), CPU) if some else None
+        scope: routed_batch([RoutedRows(a, np.array(r), w) for (a, w), r in some.items()]) if some else None
         for scope, some in routed.items()
     }
     return direct, _list(listed), batches["linear"], batches["ffn"]
+
+
+def routed_batch(parts: list[RoutedRows]) -> RoutedBatch:
+    adapters = dict.fromkeys(part.adapter for part in parts)
+    units = [(adapter, expert) for adapter in adapters for expert in range(adapter.routing.num_experts)]
+    return RoutedBatch(tuple(parts), UnitSet(tuple(units), CPU))
 
 
 def _list(listed: list[tuple[int, ResidentAdapter, float]]) -> EntryBatch | None:
@@ -336,6 +342,14 @@ def test_a_dynamic_prefix_that_never_exceeds_the_bound_takes_all() -> None:
     arguments = (torch.tensor([4]), torch.tensor([False]), torch.tensor([0.8]), torch.tensor([2.0]))
     _, weights = ops.route(logits, *arguments)
     assert weights.tolist() == [[0.125] * 4]
+
+
+def test_a_broken_row_still_takes_no_more_experts_than_it_may() -> None:
+    logits = torch.tensor([[float("nan")] * 4, [1.0, 0.0, 0.0, 0.0]])
+    full = torch.full((2,), float("inf"))
+    _, weights = ops.route(logits, torch.tensor([2, 2]), torch.tensor([True, True]), full, torch.ones(2))
+    assert weights[0].count_nonzero() <= 2
+    assert weights[1].isfinite().all()
 
 
 def test_rows_whose_adapter_has_no_router_in_a_layer_are_left_alone(bench: Bench) -> None:

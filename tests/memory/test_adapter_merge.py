@@ -177,10 +177,11 @@ def test_half_precision_is_merged_in_float32() -> None:
 def test_ranks_that_differ_on_a_site_are_refused_by_adapter_and_site() -> None:
     specs = [spec_of(pair_of(1.0)), spec_of(pair_of(1.0, rank=32))]
     with pytest.raises(
-        AdapterFileError, match=r"/b: rank 32 on q_proj of layer 0, but /a has 64 there.*equal"
+        AdapterFileError,
+        match=r"adapter 2 of the merge: rank 32 on q_proj of layer 0, but adapter 1 has 64 there.*equal",
     ) as caught:
         merge_specs(specs, recipe_of([Path("/a"), Path("/b")], [1.0, 1.0]))
-    assert caught.value.key == "/b"
+    assert caught.value.key == "merged_adapters"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,9 @@ def test_ranks_that_differ_on_a_site_are_refused_by_adapter_and_site() -> None:
 )
 def test_other_kinds_are_refused_by_adapter_and_kind(options: dict[str, Any]) -> None:
     specs = [spec_of(pair_of(1.0)), spec_of(pair_of(1.0), **{"pairs": (pair_of(1.0),), **options})]
-    with pytest.raises(AdapterFileError, match=rf"/b: {options['kind']} cannot be merged; expected plain LoRA"):
+    with pytest.raises(
+        AdapterFileError, match=rf"adapter 2 of the merge: {options['kind']} cannot be merged; expected plain LoRA"
+    ):
         merge_specs(specs, recipe_of([Path("/a"), Path("/b")], [1.0, 1.0]))
 
 

@@ -31,7 +31,7 @@ KEYS = [
     rf"{LAYER}\.(?:self_attn|mlp)\.(?P<site>\w+){HALF}",
     rf"base_model\.model\.{LAYER}\.(?:self_attn|mlp)\.(?P<site>\w+){HALF}",
     rf"base_model\.model\.(?P<site>lm_head){HALF}",
-    r"base_model\.model\.model\.(?P<site>embed_tokens)\.(?P<half>lora_embedding_[AB])",
+    r"base_model\.model\.model\.(?P<site>embed_tokens)\.(?P<half>lora_embedding_[AB]|lora_magnitude_vector)",
 ]
 HALVES = {
     "lora_A": "a",
@@ -195,8 +195,8 @@ class PlainModel:
             rows = embedding.weight
             for adapter, weight in self._mix:
                 if (None, "embed_tokens") in adapter.pairs:
-                    pair = adapter.pairs[None, "embed_tokens"]
-                    rows = rows + weight * pair.scale * (pair.b @ pair.a).T
+                    adapted = adapter.pairs[None, "embed_tokens"].adapted(embedding.weight.T).T
+                    rows = rows + weight * (adapted - embedding.weight)
             return rows[tokens]
 
         embedding.forward = forward

@@ -66,6 +66,30 @@ def test_doras_in_one_batch_with_others_equal_peft(
     driver.check_idle()
 
 
+@pytest.mark.parametrize(
+    "targets", [["embed_tokens"], ["embed_tokens", "lm_head", "q_proj"]], ids=["alone", "with-head"]
+)
+def test_dora_on_the_embedding_equals_peft(
+    targets: list[str], llama: Any, save_peft: Any, answers: Any, make_engine: Any, tmp_path: Path
+) -> None:
+    """Its gains are on the embedding's outputs; long and short requests at once."""
+    prompts = {n: answers.random_prompt(n, n) for n in (1, 2, 25)}
+    expected: dict[int, Any] = {}
+
+    def use(model: Any) -> None:
+        expected.update({n: answers.peft_answer(model, prompt, NEW_TOKENS) for n, prompt in prompts.items()})
+
+    folder = save_peft(llama, tmp_path / "dora", use=use, r=4, target_modules=targets, use_dora=True)
+    driver = make_engine(llama, pages=100)
+    for n, prompt in prompts.items():
+        ref = AdapterRef(name="dora", path=str(folder))
+        driver.generate(str(n), prompt, ref, max_tokens=NEW_TOKENS, logprobs=VOCAB, prompt_logprobs=VOCAB)
+    driver.run()
+    assert not driver.failed
+    for n in prompts:
+        answers.assert_same(answers.engine_answer(driver.choices[str(n), 0]), expected[n], tolerance=1e-4)
+
+
 @pytest.fixture
 def dora(llama: Any, save_peft: Any, tmp_path: Path) -> Path:
     return save_peft(llama, tmp_path / "dora", r=4, target_modules=["q_proj", "down_proj"], use_dora=True)

@@ -95,10 +95,7 @@ LINEARS: dict[str, tuple[str, dict[str, Any]]] = {
     "tokenwise-last-layer": ("TOKENWISE", {"layers": [2], "use_rslora": True}),
 }
 OPTIONS = {f"mixlora-{name}": ("MIXLORA", options) for name, options in MIXLORA.items()} | LINEARS
-BASES = ("llama", "llama3", "mistral", "qwen2")
-WITH_BIASES = ("top-2", "switch", "dynamic-hot", "down-alone", "dora-on-all")
-"""Kinds of MixLoRA in which a bias of the feed-forward network could be counted wrongly."""
-
+BASES = ("llama", "mistral", "qwen2")
 READ_ALIKE = (
     "without-peft-type",
     "mixtral",
@@ -110,9 +107,14 @@ READ_ALIKE = (
 )
 """Other ways to write what further options mean; the reader alone tells them apart, so one base will do."""
 
+TIED = ("mixlora-top-2", "mixlora-dora-on-all", "mola-all-linears", "loramoe", "meteora", "tokenwise")
+BIASED = ("mixlora-top-2", "mixlora-switch", "mixlora-dynamic-hot", "mixlora-down-alone", "mixlora-dora-on-all")
+"""In these a bias of the feed-forward network could be counted wrongly."""
+
 CASES = [
     *((option, base) for base in BASES for option in OPTIONS if base == "llama" or not option.endswith(READ_ALIKE)),
-    *((f"mixlora-{name}", "llama-biased") for name in WITH_BIASES),
+    *((option, "llama3") for option in TIED),
+    *((option, "llama-biased") for option in BIASED),
 ]
 
 

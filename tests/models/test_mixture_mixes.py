@@ -66,6 +66,22 @@ def test_mixes_of_one_batch_equal_the_plain_sum(
     driver.check_idle()
 
 
+def test_doras_on_the_embedding_add_up(
+    llama: Any, save_peft: Any, answers: Any, plain: Any, make_engine: Any, tmp_path: Path
+) -> None:
+    parts = [("dora", 0.7), ("dora-twin", -0.4), ("lora", 0.5)]
+    paths = {
+        name: save_peft(llama, tmp_path / name, seed=seed, **EMBEDDING, use_dora="dora" in name)
+        for seed, (name, _) in enumerate(parts)
+    }
+    driver, prompt = make_engine(llama, pages=300), answers.random_prompt(6, 17)
+    mix = weighted(paths, parts)
+    driver.generate("mix", prompt, mix=mix, max_tokens=NEW_TOKENS, logprobs=VOCAB, prompt_logprobs=VOCAB)
+    driver.run()
+    mixed = [(plain.read_folder(paths[name]), weight) for name, weight in parts]
+    answers.assert_plain(driver.choices["mix", 0], plain.PlainModel(llama.model, mixed), prompt)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "mola", "tokenwise"])
 def test_halves_of_one_adapter_are_the_whole(
     kind: str, llama: Any, every_kind: Any, answers: Any, make_engine: Any

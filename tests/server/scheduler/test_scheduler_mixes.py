@@ -299,6 +299,15 @@ def test_chunks_say_where_their_adapter_begins(make_rig: Make, prompt: list[int]
     assert starts == {"activated": {start}, "plain": {0}}
 
 
+def test_an_activated_adapter_that_is_not_invoked_takes_no_pages(make_rig: Make) -> None:
+    rig = make_rig()
+    rig.directory.status["alora"] = AdapterReady("alora", 10_000, invocation=(8, 9))
+    rig.add("r", [9, 8, 1], adapter="alora", max_tokens=2)
+    plans = list(rig.plans())
+    assert not any(plan.page_ins or plan.failed for plan in plans)
+    assert {chunk.adapters for plan in plans for chunk in plan.chunks} == {()}
+
+
 def test_an_invocation_that_the_model_says_itself_does_not_count(make_rig: Make) -> None:
     rig = make_rig()
     rig.directory.status["alora"] = AdapterReady("alora", 2, invocation=(7, 7))
