@@ -252,8 +252,8 @@ def _check_init(init: object) -> None:
         )
     if name.startswith(_SUBTRACTED_INITS):
         raise AdapterFileError(
-            f"{key} in {CONFIG_NAME}: {shown(init)} changed the base's weights. Convert the adapter to plain LoRA with "
-            "PEFT: model.save_pretrained(OUT, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)",
+            f"{key} in {CONFIG_NAME}: {shown(init)} changed the base's weights. Convert the adapter to plain LoRA: "
+            "loraplex adapters convert PATH OUT --base MODEL (or --initial FOLDER, the adapter as it was initialised)",
             key=key,
         )
     if name not in _PLAIN_INITS:

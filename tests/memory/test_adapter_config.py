@@ -92,7 +92,7 @@ def test_a_pattern_that_would_hold_the_interpreter_is_refused(pattern, folder, b
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "PiSSA"])
 def test_an_unconverted_adapter_is_refused_with_the_conversion_to_run(init, folder, base_shape, edit_config):
     edit_config(folder, init_lora_weights=init)
-    refused(folder, base_shape, f"{init}.*path_initial_model_for_weight_conversion", "init_lora_weights")
+    refused(folder, base_shape, f"{init}.*loraplex adapters convert PATH OUT --base MODEL", "init_lora_weights")
 
 
 def test_a_loftq_adapter_is_refused_with_what_to_serve_instead(folder, base_shape, edit_config):
