@@ -238,7 +238,7 @@ def fleet(
 ) -> Iterator[Fleet]:
     adapter_bytes = sorted((path / WEIGHTS).stat().st_size for path in demo_adapters().values())
     kinds: dict[str, Callable[[], Server]] = {
-        "demo": lambda: start_server("demo"),
+        "demo": lambda: start_server("demo", "--dtype", "float32", "--expert-metrics", "3"),
         "guarded": lambda: start_server(
             *("serve", str(base_folder()), "--config", str(guard_settings), "--stream-interval", "4"),
             env={"LORAPLEX_SERVED_MODEL_NAME": "guarded", "LORAPLEX_STREAM_INTERVAL": "5"},
@@ -259,7 +259,10 @@ def fleet(
 
 @pytest.fixture
 def demo(fleet: Fleet) -> Server:
-    """``loraplex demo`` as a user gets it. Tests leave it as they found it; those that end it come last."""
+    """``loraplex demo`` in float32, for tests that compare numbers, with counts of experts in its metrics.
+
+    Tests leave it as they found it; those that end it come last.
+    """
     return fleet.get("demo")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from loraplex.server.demo.assets import Sample, samples
+from loraplex.server.demo.assets import Sample, demo_adapters, kind_adapters, samples
 from loraplex.server.demo.tasks import BASE_ANSWER, TASKS, exact_match, unseen_inputs
 
 BASE = "loraplex-demo"
@@ -34,10 +34,11 @@ def test_the_demo_lists_its_base_and_its_adapters_with_their_parent(demo: Any) -
     with demo.openai() as client:
         base, *adapters = list(client.models.list())
     assert (base.id, base.parent) == (BASE, None)
-    assert len(adapters) >= 8
-    assert sorted(adapter.id for adapter in adapters) == sorted(task.name for task in TASKS)
+    assert len(adapters) >= 13
+    assert {adapter.id: adapter.root for adapter in adapters} == {
+        name: str(path) for name, path in (demo_adapters() | kind_adapters()).items()
+    }
     assert {adapter.parent for adapter in adapters} == {BASE}
-    assert all(adapter.root.endswith(adapter.id) for adapter in adapters)
 
 
 @pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.adapter or "base")

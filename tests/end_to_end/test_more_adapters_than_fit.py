@@ -38,7 +38,8 @@ async def test_sixty_requests_over_all_adapters_are_answered_right(
     assert metrics.value("loraplex_adapter_loads_total") > len(TASKS)
     assert metrics.value("loraplex_adapters", tier="pool") < len(TASKS)
     assert metrics.value("loraplex_host_store_bytes") <= metrics.value("loraplex_host_store_limit_bytes")
-    pages = {use: metrics.value("loraplex_pool_pages", use=use) for use in ("kv", "adapter", "free")}
+    uses = ("kv", "cached", "adapter", "free")
+    pages = {use: metrics.value("loraplex_pool_pages", use=use) for use in uses}
     assert pages["kv"] == 0
     assert sum(pages.values()) == metrics.value("loraplex_pool_capacity_pages")
 
