@@ -22,6 +22,9 @@ from loraplex.kernels.unit_table import Entries, UnitTable
 SHORT_SEGMENT_ROWS = 2
 """Segments of at most this many rows are gathered together."""
 
+SHORT_UNIT_ENTRIES = 4
+"""Units with at most this many scattered entries are gathered together."""
+
 Unit = tuple[ResidentAdapter, int | None]
 """An adapter's own pairs (None), or those of one of its experts."""
 
@@ -146,7 +149,7 @@ def sort_entries(
 ) -> tuple[Entries, Int64Array]:
     """Entries in any order, as ``Entries`` that read and add to ``rows``, and the order that they came to stand in."""
     counts = np.bincount(units, minlength=num_units)
-    is_long = counts[units] > SHORT_SEGMENT_ROWS
+    is_long = counts[units] > SHORT_UNIT_ENTRIES
     order = np.argsort(units + is_long * num_units, kind="stable")
     rows = rows[order]
     return Entries(units[order], int(len(units) - is_long.sum()), rows, rows, 0, weights[order]), order

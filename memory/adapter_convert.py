@@ -68,7 +68,7 @@ def _check_free(folder: Path, replace: bool) -> None:
         return
     if not replace:
         raise AdapterFileError(
-            f"{name}: exists already; expected a new folder, or leave to replace it", key=str(folder)
+            f"{name}: exists already; expected a new folder, or leave to replace it (--force)", key=str(folder)
         )
     if folder.is_symlink() or not folder.is_dir() or not (_is_empty(folder) or (folder / CONFIG_NAME).is_file()):
         raise AdapterFileError(f"{name}: not an adapter's folder, so it is not replaced", key=str(folder))

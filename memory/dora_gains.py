@@ -56,7 +56,7 @@ def gains_of(
     if base_weights is None:
         raise AdapterFileError(
             f"use_dora in {CONFIG_NAME}: DoRA scales the base's own outputs, so it can be read only with the base's "
-            "weights at hand; name the base",
+            "weights at hand (--base MODEL on the command line)",
             key="use_dora",
         )
     with one_thread():

@@ -103,7 +103,7 @@ class MixtureConfig:
             if raw.get(key) is None:
                 raise AdapterFileError(f"{key} in {CONFIG_NAME}: missing; a mixture needs it", key=key)
         plain = LoraConfig.parse(raw, also_known=MIXTURE_KEYS)
-        expert = LoraConfig.parse({**raw, **_expert_values(raw)}, also_known=MIXTURE_KEYS)
+        expert = _expert_config(raw)
         if plain.invocation or expert.invocation:
             key = "alora_invocation_tokens"
             raise AdapterFileError(f"{key} in {CONFIG_NAME}: an activated mixture is not served; only LORA is", key=key)
@@ -133,6 +133,16 @@ class MixtureConfig:
             "temperature": routing.temperature,
             "activation": routing.activation,
         }
+
+
+def _expert_config(raw: RawConfig) -> LoraConfig:
+    values = _expert_values(raw)
+    try:
+        return LoraConfig.parse({**raw, **values}, also_known=MIXTURE_KEYS)
+    except AdapterFileError as error:
+        if error.key not in values:
+            raise
+        raise AdapterFileError(f"expert_lora.{error.message}", key=f"expert_lora.{error.key}") from error
 
 
 def _expert_values(raw: RawConfig) -> dict[str, object]:

@@ -34,7 +34,7 @@ def token_routes(
     if base_weights is None:
         raise AdapterFileError(
             f"peft_type in {CONFIG_NAME}: token-wise routing follows from the base's embedding, so it can be read only "
-            "with the base's weights at hand; name the base",
+            "with the base's weights at hand (--base MODEL on the command line)",
             key="peft_type",
         )
     largest = MAX_TABLE_BYTES // (vocab_size * _BYTES_PER_CHOICE)

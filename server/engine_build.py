@@ -125,7 +125,7 @@ def _wire(
         threads=config.loader_threads,
         allow_bin=config.allow_bin,
         pin_memory=device.type == "cuda",
-        base_name=config.model,
+        base_name=config.model_name or config.model,
         base_weights=BaseMatrices(Path(info.model_path), traits, shape.dtype),
         on_change=on_change,
     )

@@ -14,6 +14,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the engine needs besides requests. Sizes are bytes, times seconds; see ``settings.py`` for each."""
 
     model: str
+    model_name: str | None = None
     dtype: DtypeName = "auto"
     device: DeviceName = "auto"
     pool_bytes: int | None = None

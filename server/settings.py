@@ -138,6 +138,7 @@ class Settings(BaseSettings):
         """The engine's share."""
         shared = set(EngineConfig.__struct_fields__) & set(type(self).model_fields)
         values = {name: getattr(self, name) for name in shared}
+        values["model_name"] = self.model_name
         return msgspec.convert(
             {name: int(v) if isinstance(v, ByteSize) else v for name, v in values.items()}, EngineConfig
         )

@@ -88,10 +88,17 @@ def test_a_wrong_dynamic_routing_is_refused_by_key(key, value, match, save_mixtu
 
 
 @pytest.mark.parametrize(
-    ("values", "key"), [({"r": 0}, "r"), ({"lora_alpha": "x"}, "lora_alpha"), ({"lora_bias": True}, "lora_bias")]
+    ("values", "key"),
+    [
+        ({"r": 0}, "r"),
+        ({"lora_alpha": "x"}, "lora_alpha"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"alora_invocation_tokens": "x"}, "alora_invocation_tokens"),
+    ],
 )
 def test_a_wrong_value_in_expert_lora_is_refused_by_key(values, key, save_mixture, base_shape):
-    refused(save_mixture("mixlora", expert_lora=values), base_shape, key, key)
+    named = f"expert_lora.{key}"
+    refused(save_mixture("mixlora", expert_lora=values), base_shape, named, named)
 
 
 def test_an_expert_rank_other_than_the_configured_one_is_refused(save_mixture, base_shape):
