@@ -190,7 +190,7 @@ def test_gains_leave_the_number_of_threads_as_it_is():
 
 def test_dora_without_the_base_is_refused(save_peft, base_shape):
     folder, _ = save_peft(use_dora=True)
-    refused(folder, base_shape, "base's weights at hand; name the base", "use_dora")
+    refused(folder, base_shape, "base's weights at hand", "use_dora")
 
 
 def test_a_missing_magnitude_is_refused_by_its_key(save_peft, base_shape, base_weights, edit_tensors):

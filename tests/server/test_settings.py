@@ -204,6 +204,7 @@ def test_the_engine_and_the_edge_get_their_shares(tmp_path: Path) -> None:
     engine = settings.engine_config()
     assert engine == EngineConfig(
         model="base",
+        model_name="base",
         pool_bytes=1 << 20,
         threads=3,
         max_model_len=99,
@@ -217,7 +218,7 @@ def test_the_engine_and_the_edge_get_their_shares(tmp_path: Path) -> None:
 
 
 def test_defaults_of_the_engine_are_those_of_the_settings() -> None:
-    assert load().engine_config() == EngineConfig(model="base")
+    assert load().engine_config() == EngineConfig(model="base", model_name="base")
 
 
 def test_every_setting_says_what_it_is() -> None:
