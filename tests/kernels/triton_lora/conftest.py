@@ -1,0 +1,139 @@
+"""Triton kernels in the interpreter, on CPU tensors. It has to be chosen before Triton is first imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+_before = os.environ.get("TRITON_INTERPRET")
+os.environ["TRITON_INTERPRET"] = "1"
+import triton.experimental.gluon  # noqa: E402, F401  (the interpreter imports it later, when the variable is gone)
+
+from loraplex.kernels import route_launch  # noqa: E402, F401  (its kernels are made when it is imported)
+from loraplex.kernels.adapter_table import AdapterTable, TableCapacity  # noqa: E402
+from loraplex.kernels.lora_launch import add_paged_lora  # noqa: E402
+from loraplex.kernels.lora_plan import Segment  # noqa: E402
+from loraplex.kernels.lora_rows import ResidentAdapter, SiteGroup  # noqa: E402
+from loraplex.kernels.lora_tiles import StepTiles  # noqa: E402
+from loraplex.memory.adapter_image import build_image  # noqa: E402
+from loraplex.memory.adapter_spec import LAYER_GROUPS, MODEL_GROUPS, AdapterSpec, LowRankPair, Router, Routing  # noqa: E402
+from loraplex.memory.transfer import page_in  # noqa: E402
+
+if _before is None:
+    del os.environ["TRITON_INTERPRET"]
+else:
+    os.environ["TRITON_INTERPRET"] = _before
+
+CPU = torch.device("cpu")
+
+
+def table_for(pool: Any, adapters: Sequence[ResidentAdapter] = (), capacity: TableCapacity | None = None) -> Any:
+    """A table with these adapters of a pool."""
+    table = AdapterTable(
+        LAYER_GROUPS,
+        MODEL_GROUPS,
+        num_layers=pool.num_layers,
+        page_chunks=pool.arena.shape[2] // 128,
+        capacity=capacity or TableCapacity(units=200, records=600, pages=2000),
+        device=CPU,
+    )
+    for adapter in dict.fromkeys(adapters):
+        table.add(adapter)
+    return table
+
+
+@dataclass
+class Step:
+    """Segments of a step, and the kernels' tiles for them."""
+
+    pool: Any
+    segments: Sequence[Segment]
+    table: AdapterTable = field(init=False)
+    tiles: StepTiles = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.table = table_for(self.pool, [segment.adapter for segment in self.segments])
+        units = [np.full(s.stop - s.start, self.table.unit_of(s.adapter)) for s in self.segments]
+        rows = [np.arange(s.start, s.stop) for s in self.segments]
+        none = np.empty(0, dtype=np.int64)
+        self.tiles = StepTiles(np.concatenate([none, *units]), np.concatenate([none, *rows]), CPU)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, layer: int | None, group: SiteGroup) -> torch.Tensor:
+        add_paged_lora(y, x, self.pool.chunks(layer), self.table, self.tiles, layer, group)
+        return y
+
+
+@dataclass
+class Mixtures:
+    """Adapters with gains and experts in layer 0, whose descriptions are kept."""
+
+    pool: Any
+    specs: dict[ResidentAdapter, AdapterSpec] = field(default_factory=dict)
+
+    def load(
+        self,
+        *,
+        plain: Sequence[str] = (),
+        experts: Sequence[str] = (),
+        routers: Sequence[str] = (),
+        ranks: Sequence[int] = (4,),
+        num_experts: int = 4,
+        gains: bool = False,
+        **rules: Any,
+    ) -> ResidentAdapter:
+        """``ranks`` are those of the experts in turn, the first one that of plain pairs."""
+        pool = self.pool
+        pairs = [self._pair(site, None, ranks[0], gains) for site in plain]
+        pairs += [self._pair(s, e, ranks[e % len(ranks)], gains) for s in experts for e in range(num_experts)]
+        found = [Router(0, site, pool.normal(num_experts, self._router_width(site)).float()) for site in routers]
+        routing = Routing(num_experts=num_experts, **rules) if rules else None
+        spec = AdapterSpec("id", "any", tuple(pairs), routers=tuple(found), routing=routing)
+        image = build_image(spec, pool.num_layers, pool.arena.shape[2], pool.dtype)
+        pages, pool._free = pool._free[: image.num_pages], pool._free[image.num_pages :]
+        page_in(image, pool.arena, pages)
+        chunks = pool.arena.shape[2] // 128
+        adapter = ResidentAdapter(image.layout, pages, chunks, pool.num_layers, pool.num_pages, image.routing)
+        self.specs[adapter] = spec
+        return adapter
+
+    def change(
+        self, adapter: ResidentAdapter, site: str, expert: int | None, x: torch.Tensor, base: torch.Tensor
+    ) -> torch.Tensor:
+        """What a unit adds to the base product, without bias, of one row at a site; float64."""
+        pairs = [p for p in self.specs[adapter].pairs if (p.site, p.expert) == (site, expert)]
+        if not pairs:
+            return torch.zeros_like(base)
+        (pair,) = pairs
+        delta = pair.scale * (pair.b.double() @ (pair.a.double() @ x))
+        return delta if pair.gain is None else pair.gain.double() * (base + delta) - base
+
+    def _pair(self, site: str, expert: int | None, rank: int, gains: bool) -> LowRankPair:
+        in_features, out_features = self.pool.widths.features(site)
+        a = self.pool.normal(rank, in_features) / in_features**0.5
+        b = self.pool.normal(out_features, rank) / rank**0.5
+        gain = 1 + self.pool.normal(out_features).float() / 4 if gains else None
+        return LowRankPair(site, 0, a, b, 0.5 + 0.1 * rank, expert, gain)
+
+    def _router_width(self, site: str) -> int:
+        return int(self.pool.widths.hidden if site == "mlp" else self.pool.widths.features(site)[0])
+
+
+@pytest.fixture
+def make_table() -> Callable[..., AdapterTable]:
+    return table_for
+
+
+@pytest.fixture
+def make_step() -> type[Step]:
+    return Step
+
+
+@pytest.fixture
+def make_mixtures() -> type[Mixtures]:
+    return Mixtures

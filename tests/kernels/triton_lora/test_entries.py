@@ -1,0 +1,146 @@
+"""Gains, weights and rows with several entries, in the interpreter, against dense products in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from loraplex.kernels.lora_launch import add_paged_lora
+from loraplex.kernels.lora_tiles import StepTiles
+
+CPU = torch.device("cpu")
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+Entry = tuple[int, Any, int | None, float]
+"""Row, adapter, expert, weight."""
+
+
+def tiles_of(table: Any, entries: list[Entry], x_rows: Any = None) -> StepTiles:
+    units = np.array([table.unit_of(adapter, expert) for _, adapter, expert, _ in entries])
+    rows = np.array([row for row, *_ in entries])
+    weights = np.array([weight for *_, weight in entries], dtype=np.float32)
+    return StepTiles(units, rows, CPU, x_rows=x_rows, weights=weights)
+
+
+def expected(bench: Any, group: Any, entries: list[Entry], y: Any, x: Any, bias: Any) -> torch.Tensor:
+    out, pure = y.double().clone(), y.double() - bias.double()
+    for row, adapter, expert, weight in entries:
+        at = 0
+        for site, width in zip(group.sites, group.out_features):
+            here = slice(at, at + width)
+            out[row, here] += weight * bench.change(adapter, site, expert, x[row].double(), pure[row, here])
+            at += width
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gains_weights_and_many_entries_of_a_row_match_dense_products(
+    make_pool: Any, make_table: Any, make_mixtures: Any, assert_close: Any, dtype: torch.dtype
+) -> None:
+    pool = make_pool(dtype=dtype, num_layers=1)
+    bench, group = make_mixtures(pool), pool.widths.groups["qkv"]
+    dora = bench.load(plain=("q_proj", "v_proj"), ranks=(5,), gains=True)
+    plain = bench.load(plain=("k_proj",), ranks=(17,))
+    experts = bench.load(experts=ATTENTION, ranks=(3, 20), num_experts=3)
+    entries: list[Entry] = [
+        (4, plain, None, 0.5),
+        (1, dora, None, 1.0),
+        (4, dora, None, 0.25),
+        (2, experts, 2, 0.7),
+        (2, experts, 0, 0.3),
+        (4, experts, 2, -1.0),
+        (5, plain, None, 1.0),
+    ]
+    table = make_table(pool, [dora, plain, experts])
+    y, x = pool.normal(6, sum(group.out_features)), pool.normal(6, 100)
+    bias = pool.normal(y.shape[1])
+    reference = expected(bench, group, entries, y, x, bias)
+    untouched = y[[0, 3]].clone()
+    add_paged_lora(y, x, pool.chunks(0), table, tiles_of(table, entries), 0, group, bias=bias)
+    assert_close(y, reference)
+    assert torch.equal(y[[0, 3]], untouched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gains_of_rows_with_one_entry_multiply_the_product_before_it_changes(
+    make_pool: Any, make_table: Any, make_mixtures: Any, assert_close: Any, dtype: torch.dtype
+) -> None:
+    pool = make_pool(dtype=dtype, num_layers=1)
+    bench, group = make_mixtures(pool), pool.widths.groups["qkv"]
+    dora = bench.load(plain=ATTENTION, ranks=(5,), gains=True)
+    table = make_table(pool, [dora])
+    entries: list[Entry] = [(row, dora, None, 0.5) for row in (2, 0, 1)]
+    y, x = pool.normal(3, sum(group.out_features)), pool.normal(3, 100)
+    reference = expected(bench, group, entries, y, x, torch.zeros(y.shape[1]))
+    add_paged_lora(y, x, pool.chunks(0), table, tiles_of(table, entries), 0, group)
+    assert_close(y, reference)
+
+
+def test_gains_may_multiply_a_base_product_of_each_entry(
+    make_pool: Any, make_table: Any, make_mixtures: Any, assert_close: Any
+) -> None:
+    pool = make_pool(num_layers=1)
+    bench, group = make_mixtures(pool), pool.widths.groups["down"]
+    adapter = bench.load(experts=("down_proj",), ranks=(4,), num_experts=3, gains=True)
+    table = make_table(pool, [adapter])
+    entries: list[Entry] = [(0, adapter, 2, 0.4), (0, adapter, 0, 0.6), (1, adapter, 1, 1.0)]
+    tiles = tiles_of(table, entries, x_rows=np.array([2, 0, 1]))
+    y, hidden, base = pool.normal(2, 100), pool.normal(3, 128), pool.normal(3, 100)
+    reference = y.double().clone()
+    for place, entry in enumerate(tiles.order):
+        row, _, expert, weight = entries[entry]
+        x = hidden[[2, 0, 1][entry]].double()
+        reference[row] += weight * bench.change(adapter, "down_proj", expert, x, base[place].double())
+    add_paged_lora(y, hidden, pool.chunks(0), table, tiles, 0, group, gain_base=base)
+    assert_close(y, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_several_entries_has_the_same_bits_alone_and_beside_rows_of_the_same_units(
+    make_pool: Any, make_table: Any, make_mixtures: Any, dtype: torch.dtype
+) -> None:
+    pool = make_pool(dtype=dtype, num_layers=1)
+    bench, group = make_mixtures(pool), pool.widths.groups["o"]
+    adapter = bench.load(experts=("o_proj",), ranks=(3, 20), num_experts=3, gains=True)
+    table = make_table(pool, [adapter])
+    mine: list[Entry] = [(4, adapter, 2, 0.7), (4, adapter, 0, 0.3), (4, adapter, 1, 0.1)]
+    others: list[Entry] = [(row, adapter, row % 3, 0.5) for row in (0, 1, 2, 3, 5, 6)]
+    y, x = pool.normal(7, 100), pool.normal(7, 100)
+    together, alone = y.clone(), y.clone()
+    add_paged_lora(together, x, pool.chunks(0), table, tiles_of(table, others[:4] + mine + others[4:]), 0, group)
+    add_paged_lora(alone, x, pool.chunks(0), table, tiles_of(table, mine), 0, group)
+    assert torch.equal(together[4], alone[4])
+    one = y.clone()
+    add_paged_lora(one, x, pool.chunks(0), table, tiles_of(table, others[1:2]), 0, group)
+    assert torch.equal(together[1], one[1])
+    assert not torch.equal(one[1], y[1])
+
+
+def test_every_operator_passes_opcheck(
+    make_pool: Any, make_table: Any, make_mixtures: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(num_layers=1)
+    bench, group = make_mixtures(pool), pool.widths.groups["o"]
+    adapter = bench.load(experts=("o_proj",), ranks=(3,), num_experts=2, gains=True)
+    table = make_table(pool, [adapter])
+    tiles = tiles_of(table, [(0, adapter, 0, 0.7), (0, adapter, 1, 0.3)])
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any) -> Any:
+                calls[name] = arguments
+                return getattr(real, name)(*arguments)
+
+            return call
+
+    real = torch.ops.loraplex
+    monkeypatch.setattr("loraplex.kernels.lora_launch.torch.ops.loraplex", Recorder())
+    add_paged_lora(pool.normal(1, 100), pool.normal(1, 100), pool.chunks(0), table, tiles, 0, group)
+    monkeypatch.undo()
+    assert set(calls) == {"paged_shrink", "paged_expand", "sum_deltas"}
+    for name, arguments in calls.items():
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(getattr(real, name).default, arguments, test_utils=checks)
