@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from loraplex.kernels.device_arrays import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpan:
@@ -167,4 +169,4 @@ class AttentionPlanner:
         return torch.from_numpy(mask).to(self.device, self.dtype, non_blocking=True)
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return to_device(array, self.device)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from loraplex.kernels import ops
-from loraplex.kernels.lora_rows import CHUNK, Int64Array, SiteGroup
+from loraplex.kernels.device_arrays import stored_rows
+from loraplex.kernels.lora_rows import CHUNK, SiteGroup
 from loraplex.kernels.lora_work import (
     EmbeddingRows,
     ExpandRows,
@@ -157,18 +158,10 @@ def _add_segment(
 ) -> None:
     """Add one segment's work to its rows ``y``."""
     rows = segment.rows
-    a = _matrix(chunks, rows.a_ids, segment.a_ids)[:, : group.in_features]
+    a = stored_rows(chunks, rows.a_ids, segment.a_ids)[:, : group.in_features]
     low_rank = segment.source.of(x) @ a.T
     for i, part in enumerate(rows.parts):
         width = group.out_features[part.index]
         at = sum(group.out_features[: part.index])
-        b = _matrix(chunks, part.b_ids, None if segment.b_ids is None else segment.b_ids[i])[:, :width]
+        b = stored_rows(chunks, part.b_ids, None if segment.b_ids is None else segment.b_ids[i])[:, :width]
         y[:, at : at + width].addmm_(low_rank[:, slice(*part.rows)], b, alpha=part.scale)
-
-
-def _matrix(chunks: torch.Tensor, ids: Int64Array, gather: torch.Tensor | None) -> torch.Tensor:
-    """[rows, padded width] of the arena: gathered, or a view where ``ids [rows, stride]`` are one run."""
-    if gather is not None:
-        return chunks.index_select(0, gather).view(ids.shape[0], -1)
-    first = int(ids[0, 0])
-    return chunks[first : first + ids.size].view(ids.shape[0], -1)

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from loraplex.kernels.device_arrays import to_device
 from loraplex.kernels.lora import add_lora
 from loraplex.kernels.lora_rows import Int64Array, SiteGroup
 from loraplex.kernels.lora_work import GroupPlan, RowSums
@@ -69,6 +70,7 @@ def add_routed(
 class ExpertNetworks:
     """The inner activations of the chosen experts: ``hidden [n, ffn]``, one per entry of ``choice``."""
 
+    batch: RoutedBatch
     choice: Choice
     hidden: torch.Tensor
     sums: RowSums
@@ -86,7 +88,6 @@ class ExpertNetworks:
         chunks: torch.Tensor,
         layer: int,
         group: SiteGroup,
-        batch: RoutedBatch,
         down: Callable[[torch.Tensor], torch.Tensor],
         bias: torch.Tensor | None,
     ) -> None:
@@ -99,10 +100,10 @@ class ExpertNetworks:
             bias: of it; each expert's share of a row has it once.
         """
         if bias is not None:
-            total = torch.from_numpy(self.choice.weights.sum(axis=1, keepdims=True)).to(y.device)
-            rows = torch.from_numpy(self.choice.rows).to(y.device)
+            total = to_device(self.choice.weights.sum(axis=1, keepdims=True), y.device)
+            rows = to_device(self.choice.rows, y.device)
             y.index_add_(0, rows, ((total - 1) * bias).to(y.dtype))
-        plan = batch.units.layer_table(layer, group).plan(replace(self.choice.entries, x_rows=None))
+        plan = self.batch.units.layer_table(layer, group).plan(replace(self.choice.entries, x_rows=None))
         gain_base = down(self.hidden) if plan is not None and plan.has_gains else None
         add_lora(y, self.hidden, chunks, plan, bias=bias, gain_base=gain_base)
 
@@ -133,7 +134,7 @@ def run_experts(
     entries = choice.entries
     assert entries.x_rows is not None
     plan = batch.units.layer_table(layer, group).plan(replace(entries, y_rows=None, weights=None))
-    rows = torch.from_numpy(entries.x_rows).to(x.device)
+    rows = to_device(entries.x_rows, x.device)
     activations = _activations(choice, activation)
     hidden = gate_up.new_empty((len(rows), gate_up.shape[1] // 2))
     for start, stop, work in _blocks(entries, plan):
@@ -141,7 +142,7 @@ def run_experts(
         add_lora(wide, x, chunks, work, bias=bias)
         gate, up = wide.chunk(2, dim=-1)
         torch.mul(_activate(gate, activations, choice.places[start:stop]), up, out=hidden[start:stop])
-    return ExpertNetworks(choice, hidden, row_sums(entries.x_rows, entries.weights, x.device))
+    return ExpertNetworks(batch, choice, hidden, row_sums(entries.x_rows, entries.weights, x.device))
 
 
 def _blocks(entries: Entries, plan: GroupPlan | None) -> Iterator[tuple[int, int, GroupPlan | None]]:

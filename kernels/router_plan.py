@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex.kernels import ops
+from loraplex.kernels.device_arrays import stored_rows, to_device
 from loraplex.kernels.lora_plan import SHORT_SEGMENT_ROWS, UnitSet, sort_entries
 from loraplex.kernels.lora_rows import Int64Array, ResidentAdapter, RouterRows, RoutingLike
 from loraplex.kernels.unit_table import Entries
@@ -91,7 +92,7 @@ class _RouterPlan:
     stride: int
     rules: _Rules
     gathered: _GatheredLogits | None
-    segments: tuple[tuple[int, int, RouterRows], ...]
+    segments: tuple[tuple[int, int, RouterRows, torch.Tensor | None], ...]
 
     def logits(self, x: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
         """[m, E] float32, -inf for experts that a row's adapter does not have."""
@@ -102,20 +103,10 @@ class _RouterPlan:
             some = F.pad(rows[: self.gathered.num_rows], (0, self.stride * wide.shape[1] - rows.shape[1]))
             scores = ops.shrink(some.view(-1, wide.shape[1]), wide, self.gathered.w_ids, self.gathered.x_ids)
             out.view(-1).index_copy_(0, self.gathered.places, scores)
-        for start, stop, router in self.segments:
-            weight = _matrix(wide, router)
+        for start, stop, router, gather in self.segments:
+            weight = stored_rows(wide, router.ids, gather)[:, : router.in_features]
             out[start:stop, : router.num_experts] = rows[start:stop] @ weight.T
         return out
-
-
-def _matrix(wide: torch.Tensor, router: RouterRows) -> torch.Tensor:
-    """[num_experts, in_features] float32."""
-    if router.contiguous:
-        first = int(router.ids[0, 0])
-        found = wide[first : first + router.ids.size]
-    else:
-        found = wide.index_select(0, torch.from_numpy(router.ids.ravel()).to(wide.device))
-    return found.view(router.num_experts, -1)[:, : router.in_features]
 
 
 @dataclass(eq=False, slots=True)
@@ -190,14 +181,18 @@ class RoutedBatch:
         return _RouterPlan(
             parts=parts,
             rows=rows,
-            row_index=self._to(rows),
+            row_index=to_device(rows, self.device),
             units=np.repeat(np.array([first for _, first, _ in found], dtype=np.int64), lengths),
             mix_weights=np.repeat(np.array([part.weight for part in parts], dtype=np.float32), lengths),
             num_experts=num_experts,
             stride=found[0][2].ids.shape[1],
             rules=self._rules(parts, lengths),
             gathered=self._gathered(spans, num_short, num_experts),
-            segments=tuple(span for span in spans if span[0] >= num_short),
+            segments=tuple(
+                (start, stop, router, None if router.contiguous else to_device(router.ids.ravel(), self.device))
+                for start, stop, router in spans
+                if start >= num_short
+            ),
         )
 
     def _rules(self, parts: Sequence[RoutedRows], lengths: list[int]) -> _Rules:
@@ -232,7 +227,5 @@ class RoutedBatch:
         ids = np.concatenate(w_ids)
         stride = ids.shape[1]
         x_ids = np.concatenate(owners)[:, None] * stride + np.arange(stride)
-        return _GatheredLogits(num_short, self._to(ids), self._to(x_ids), self._to(np.concatenate(places)))
-
-    def _to(self, array: Int64Array) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        w_rows, x_rows, at = (to_device(array, self.device) for array in (ids, x_ids, np.concatenate(places)))
+        return _GatheredLogits(num_short, w_rows, x_rows, at)

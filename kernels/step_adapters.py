@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,20 +121,6 @@ class StepAdapters:
         if networks is not None:
             self._note(layer, FFN, networks.choice)
         return networks
-
-    def add_down(
-        self,
-        y: torch.Tensor,
-        chunks: torch.Tensor,
-        layer: int,
-        group: SiteGroup,
-        networks: ExpertNetworks,
-        down: Callable[[torch.Tensor], torch.Tensor],
-        bias: torch.Tensor | None,
-    ) -> None:
-        """What those experts change of down_proj."""
-        assert self.ffn is not None
-        networks.add_down(y, chunks, layer, group, self.ffn, down, bias)
 
     def _note(self, layer: int, site: str, choice: Choice) -> None:
         if self.log is not None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from loraplex.kernels.device_arrays import to_device
 from loraplex.kernels.lora_rows import CHUNK, GroupRows, Int64Array, SiteGroup
 from loraplex.kernels.lora_work import (
     EmbeddingRows,
@@ -93,6 +95,7 @@ class UnitTable:
         self.group = group
         self._rows = rows
         self._device = device
+        self._put = partial(to_device, device=device)
         present = [one for one in rows if one is not None]
         self.is_empty = not present
         if self.is_empty:
@@ -141,10 +144,10 @@ class UnitTable:
         element_ids = self._a_ids[places, token // CHUNK] * CHUNK + token % CHUNK
         return EmbeddingRows(
             self.group,
-            self._to(element_ids),
+            self._put(element_ids),
             self._output(entries, entries.units, places, owner),
             gains=self._gain_rows(entries.units),
-            weights=None if entries.weights is None else self._to(entries.weights[:, None]),
+            weights=None if entries.weights is None else self._put(entries.weights[:, None]),
         )
 
     def _gather(self, entries: Entries, units: Int64Array) -> GatheredRows:
@@ -153,11 +156,11 @@ class UnitTable:
         weights = None if entries.weights is None else entries.weights[: len(units), None]
         return GatheredRows(
             rows=self._row_map(entries.first, entries.x_rows, 0, len(units)),
-            a_ids=self._to(self._a_ids[places]),
-            x_ids=self._to(owner[:, None] * self.group.in_chunks + in_chunk),
+            a_ids=self._put(self._a_ids[places]),
+            x_ids=self._put(owner[:, None] * self.group.in_chunks + in_chunk),
             output=self._output(entries, units, places, owner),
             gains=self._gain_rows(units),
-            weights=None if weights is None else self._to(weights),
+            weights=None if weights is None else self._put(weights),
         )
 
     def _output(self, entries: Entries, units: Int64Array, places: Int64Array, owner: Int64Array) -> ExpandRows:
@@ -170,10 +173,10 @@ class UnitTable:
             scales = scales * entries.weights[owner]
         return ExpandRows(
             to=self._row_map(entries.first, entries.y_rows, 0, len(units)),
-            scales=self._to(scales),
-            b_ids=self._to(self._b_ids[expanded]),
-            b_rows=self._to(self._b_rows[expanded] + (np.cumsum(counts) - counts)[expanded_owner]),
-            bag_starts=self._to(np.cumsum(sizes) - sizes),
+            scales=self._put(scales),
+            b_ids=self._put(self._b_ids[expanded]),
+            b_rows=self._put(self._b_rows[expanded] + (np.cumsum(counts) - counts)[expanded_owner]),
+            bag_starts=self._put(np.cumsum(sizes) - sizes),
         )
 
     def _gain_rows(self, units: Int64Array) -> GainRows | None:
@@ -181,13 +184,13 @@ class UnitTable:
             return None
         places, owner = self._gains.places(units)
         bags = self._gain_chunks[places] + owner * sum(self.group.out_chunks)
-        return GainRows(self._to(self._gain_ids[places]), self._to(bags))
+        return GainRows(self._put(self._gain_ids[places]), self._put(bags))
 
     def _segment(self, entries: Entries, rows: GroupRows, start: int, stop: int) -> SegmentRows:
         a_ids = b_ids = None
         if not rows.contiguous:
-            a_ids = self._to(rows.a_ids.ravel())
-            b_ids = tuple(self._to(part.b_ids.ravel()) for part in rows.parts)
+            a_ids = self._put(rows.a_ids.ravel())
+            b_ids = tuple(self._put(part.b_ids.ravel()) for part in rows.parts)
         return SegmentRows(
             start,
             stop,
@@ -196,17 +199,14 @@ class UnitTable:
             rows,
             a_ids,
             b_ids,
-            GainRows(self._to(rows.gain_ids), self._to(rows.gain_chunks)) if len(rows.gain_ids) else None,
-            None if entries.weights is None else self._to(entries.weights[start:stop, None]),
+            GainRows(self._put(rows.gain_ids), self._put(rows.gain_chunks)) if len(rows.gain_ids) else None,
+            None if entries.weights is None else self._put(entries.weights[start:stop, None]),
         )
 
     def _row_map(self, first: int, rows: Int64Array | None, start: int, stop: int) -> RowMap:
         if rows is None:
             return RowMap(first + start, first + stop)
-        return RowMap(start, stop, self._to(rows[start:stop]))
-
-    def _to(self, array: npt.NDArray[np.int64] | npt.NDArray[np.float32]) -> torch.Tensor:
-        return _to(array, self._device)
+        return RowMap(start, stop, self._put(rows[start:stop]))
 
 
 def row_sums(rows: Int64Array, weights: npt.NDArray[np.float32] | None, device: torch.device) -> RowSums:
@@ -215,12 +215,8 @@ def row_sums(rows: Int64Array, weights: npt.NDArray[np.float32] | None, device: 
     in_order = rows[order]
     starts = np.flatnonzero(np.diff(in_order, prepend=-1))
     return RowSums(
-        _to(in_order[starts], device),
-        _to(order, device),
-        _to(starts, device),
-        None if weights is None else _to(weights[order], device),
+        to_device(in_order[starts], device),
+        to_device(order, device),
+        to_device(starts, device),
+        None if weights is None else to_device(weights[order], device),
     )
-
-
-def _to(array: npt.NDArray[np.int64] | npt.NDArray[np.float32], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

@@ -131,7 +131,7 @@ class Decoder:
         down = weights.down(h)
         adapters.add(down, h, chunks, layer, self.down_group, weights.down.bias)
         if experts is not None:
-            adapters.add_down(down, chunks, layer, self.down_group, experts, weights.down, weights.down.bias)
+            experts.add_down(down, chunks, layer, self.down_group, weights.down, weights.down.bias)
         return down
 
     def _attend(

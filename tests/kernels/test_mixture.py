@@ -283,7 +283,7 @@ def check_ffn(bench: Bench, rows: list[list[tuple[ResidentAdapter, float]]], ass
     y = project_down(h)
     step.add(y, h, chunks, LAYER, groups["down"], down_bias)
     if networks is not None:
-        step.add_down(y, chunks, LAYER, groups["down"], networks, project_down, down_bias)
+        networks.add_down(y, chunks, LAYER, groups["down"], project_down, down_bias)
     assert_close(y, expected)
 
 
