@@ -30,13 +30,10 @@ from loraplex.memory.adapter_spec import (
     Routing,
     TokenRoutes,
 )
+from loraplex.memory.serial_torch import SERIAL_ELEMENTS
 
 CHUNK = 128
 """Elements of the smallest unit that kernels address; rows are aligned to it."""
-
-_SERIAL_ELEMENTS = 32_768
-"""torch shares out larger copies to its threads; a loader that waits for them, while the model keeps them busy, takes
-ten times as long."""
 
 
 def chunks_of(elements: int) -> int:
@@ -271,6 +268,6 @@ def _store_rows(chunks: torch.Tensor, rows: torch.Tensor, start: int, stride: in
     """Copy ``rows [n, width]`` into ``chunks [c, k]`` from chunk ``start``, each row padded to ``stride`` chunks."""
     count, width = rows.shape
     stored = chunks[start : start + count * stride].view(count, -1)[:, :width]
-    block = max(1, _SERIAL_ELEMENTS // width)
+    block = max(1, SERIAL_ELEMENTS // width)
     for target, source in zip(stored.split(block), rows.split(block)):
         target.copy_(source)

@@ -7,10 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from loraplex.memory.adapter_errors import AdapterFileError
-
-_SERIAL_ELEMENTS = 32_768
-"""torch shares out larger operations to its threads; a loader that waits for them, while the model keeps them busy,
-takes ten times as long."""
+from loraplex.memory.serial_torch import SERIAL_ELEMENTS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -47,5 +44,5 @@ def check_values(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> N
 
 def _extremes(tensor: torch.Tensor) -> torch.Tensor:
     """Smallest and largest values [2, n], by blocks; a NaN makes those of its block NaN."""
-    blocks = tensor.reshape(-1).split(_SERIAL_ELEMENTS)
+    blocks = tensor.reshape(-1).split(SERIAL_ELEMENTS)
     return torch.stack([torch.stack(torch.aminmax(block)) for block in blocks], dim=1)
