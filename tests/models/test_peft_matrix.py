@@ -61,23 +61,6 @@ def prompts(seed: int) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (length,), generator=random).tolist() for length in PROMPT_LENGTHS]
 
 
-def reference_answer(model: Any, prompt: list[int]) -> Answer:
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        result = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            eos_token_id=None,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        logits = torch.cat([model(input_ids=ids).logits[0, :-1], torch.cat(result.logits)])
-    return result.sequences[0, len(prompt) :].tolist(), logits.log_softmax(-1)
-
-
 def moves_the_logits(model: Any, prompt: list[int]) -> bool:
     ids = torch.tensor([prompt])
     with torch.no_grad():
@@ -86,22 +69,18 @@ def moves_the_logits(model: Any, prompt: list[int]) -> bool:
             return bool((model(input_ids=ids).logits - adapted).abs().max() > 0.1)
 
 
-def engine_answer(choice: Any) -> Answer:
-    found = torch.full((len(choice.prompt_logprobs) - 1 + len(choice.tokens), VOCAB), float("nan"))
-    for row, entry in zip(found, [*choice.prompt_logprobs[1:], *choice.logprobs]):
-        ids, values = zip(*entry.top)
-        row[list(ids)] = torch.tensor(values)
-    return choice.tokens, found
-
-
-def answers_of_all(checkpoint: Any, root: Path, save_peft: Callable[..., Path]) -> dict[tuple[str, int], Answer]:
+def answers_of_all(
+    checkpoint: Any, root: Path, save_peft: Callable[..., Path], answers: Any
+) -> dict[tuple[str, int], Answer]:
     """By option and prompt, "base" included; the adapters are saved under ``root``."""
-    expected = {("base", i): reference_answer(checkpoint.model, prompt) for i, prompt in enumerate(prompts(0))}
+    expected = {
+        ("base", i): answers.peft_answer(checkpoint.model, prompt, NEW_TOKENS) for i, prompt in enumerate(prompts(0))
+    }
     for seed, (name, options) in enumerate(OPTIONS.items(), start=1):
 
         def use(model: Any, name: str = name, seed: int = seed) -> None:
             for i, prompt in enumerate(prompts(seed)):
-                expected[name, i] = reference_answer(model, prompt)
+                expected[name, i] = answers.peft_answer(model, prompt, NEW_TOKENS)
                 assert moves_the_logits(model, prompt), f"the test adapter {name} does nothing"
 
         save_peft(checkpoint, root / name, seed=seed, use=use, **options)
@@ -110,10 +89,15 @@ def answers_of_all(checkpoint: Any, root: Path, save_peft: Callable[..., Path]) 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2-sliding", "qwen3"])
 def test_a_mixed_batch_equals_transformers_and_peft(
-    family: str, checkpoints: Callable[[str], Any], save_peft: Callable[..., Path], make_engine: Any, tmp_path: Path
+    family: str,
+    checkpoints: Callable[[str], Any],
+    save_peft: Callable[..., Path],
+    make_engine: Any,
+    answers: Any,
+    tmp_path: Path,
 ) -> None:
     checkpoint = checkpoints(family)
-    expected = answers_of_all(checkpoint, tmp_path, save_peft)
+    expected = answers_of_all(checkpoint, tmp_path, save_peft, answers)
     driver = make_engine(checkpoint, pages=28, prefill_chunk=16, max_batch_tokens=96)
     for name, i in expected:
         seed = 0 if name == "base" else 1 + list(OPTIONS).index(name)
@@ -124,7 +108,7 @@ def test_a_mixed_batch_equals_transformers_and_peft(
 
     assert not driver.failed
     for name, i in expected:
-        tokens, logprobs = engine_answer(driver.choices[f"{name}/{i}", 0])
+        tokens, logprobs = answers.engine_answer(driver.choices[f"{name}/{i}", 0])
         assert tokens == expected[name, i][0], f"{family} under {name}"
         torch.testing.assert_close(logprobs, expected[name, i][1], rtol=0, atol=1e-4)
     stats = driver.engine.stats()
