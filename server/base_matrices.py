@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from loraplex.server.rms_norm import rms_norm
+from loraplex.kernels.norms import rms_norm_reference
 from loraplex.server.traits import ModelTraits
 from loraplex.server.weights import EMBEDDING, LM_HEAD, CheckpointReader
 
@@ -35,7 +35,7 @@ class BaseMatrices:
         name, shape = self._name_and_shape("embed_tokens", None)
         rows = self._reader.read(name, shape, slice(start, stop)).to(self._dtype)
         weight = self._reader.read("model.layers.0.input_layernorm.weight", (traits.hidden_size,)).to(self._dtype)
-        return rms_norm(rows, weight, traits.rms_eps)
+        return rms_norm_reference(rows, weight, traits.rms_eps)
 
     def _name_and_shape(self, site: str, layer: int | None) -> tuple[str, tuple[int, int]]:
         traits = self._traits

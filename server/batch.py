@@ -7,7 +7,7 @@ few rows, then those with many (see ``kernels/lora_plan.py``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -16,7 +16,6 @@ import torch
 from loraplex.kernels.attention_plan import AttentionPlanner, SequenceSpan
 from loraplex.kernels.lora_plan import SHORT_SEGMENT_ROWS, Segment
 from loraplex.kernels.lora_rows import Int64Array, ResidentAdapter, SiteGroup
-from loraplex.kernels.lora_work import EmbeddingRows
 from loraplex.kernels.step_adapters import RouteLog, StepAdapters
 from loraplex.memory.kv_cache import KvCache
 from loraplex.server.adapter_rows import AdapterRows, Assignment, PlacedRows, direct_adapter
@@ -118,17 +117,18 @@ class BatchMaker:
         step = DecoderInput(
             tokens=torch.from_numpy(token_array).to(self._device, non_blocking=True),
             attention=self._planner.plan(spans),
-            adapters=adapters,
-            embedding=self._embedding(adapters, token_array),
+            adapters=self._with_embedding(adapters, token_array),
             logit_rows=torch.from_numpy(logit_rows).to(self._device, non_blocking=True),
             logit_adapters=self._logit_rows.make(logits.segments, logits.placed, token_array[logit_rows], routes=False),
         )
         return Batch(step, [want for _, want in logits.items], arranged.items, log)
 
-    def _embedding(self, adapters: StepAdapters | None, tokens: Int64Array) -> tuple[EmbeddingRows, ...]:
-        batches = (adapters.direct, adapters.listed) if adapters is not None else ()
-        plans = [batch.embedding_plan(self._embedding_group, tokens) for batch in batches if batch is not None]
-        return tuple(plan for plan in plans if plan is not None)
+    def _with_embedding(self, adapters: StepAdapters | None, tokens: Int64Array) -> StepAdapters | None:
+        if adapters is None:
+            return None
+        batches = [batch for batch in (adapters.direct, adapters.listed) if batch is not None]
+        plans = [batch.embedding_plan(self._embedding_group, tokens) for batch in batches]
+        return replace(adapters, embedding=tuple(plan for plan in plans if plan is not None))
 
 
 def _cut(chunk: Chunk, resident: Mapping[str, ResidentAdapter]) -> Iterator[Piece]:

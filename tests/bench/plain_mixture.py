@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from loraplex.kernels.dense_linear import DenseLinear
+from loraplex.kernels.step_adapters import LayerAdapters
 from loraplex.memory.adapter_spec import AdapterSpec, LowRankPair
-from loraplex.server.decoder import Decoder, DecoderInput
+from loraplex.server.decoder import Decoder
 
 
 class PlainMixtureDecoder(Decoder):
@@ -24,7 +25,9 @@ class PlainMixtureDecoder(Decoder):
         """The rows of each adapter of the steps to come."""
         self._assigned = [(_by_place(spec), _routers(spec), index) for spec, index in rows]
 
-    def _feed_forward(self, layer: int, x: torch.Tensor, step: DecoderInput, arena: torch.Tensor) -> torch.Tensor:
+    def _feed_forward(
+        self, layer: int, x: torch.Tensor, adapters: LayerAdapters | None, arena: torch.Tensor
+    ) -> torch.Tensor:
         weights = self._weights.layers[layer]
         y = torch.zeros_like(x)
         for pairs, routers, rows in self._assigned:

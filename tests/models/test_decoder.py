@@ -44,9 +44,7 @@ def chunked_logits(folder: Path, ids: torch.Tensor, dtype: torch.dtype = torch.f
             tokens += ids[sequence, start:stop].tolist()
         rows = torch.arange(len(tokens))
         with torch.inference_mode():
-            logits = decoder.forward(
-                DecoderInput(torch.tensor(tokens), planner.plan(spans), None, (), rows, None), arena
-            )
+            logits = decoder.forward(DecoderInput(torch.tensor(tokens), planner.plan(spans), None, rows, None), arena)
         for (sequence, _, _), part in zip(step, logits.split([stop - start for _, start, stop in step])):
             found[sequence].append(part)
     return torch.stack([torch.cat(parts) for parts in found])
@@ -141,5 +139,5 @@ def test_no_logits_are_made_where_none_are_wanted(checkpoints: Callable[[str], A
     arena = allocate_arena(page_shape(traits.num_layers, traits.kv_size, 16, torch.float32), 4, CPU)
     plan = AttentionPlanner(16, (None,), torch.float32, CPU).plan([SequenceSpan(0, 0, 3, [2])])
     with torch.inference_mode():
-        step = DecoderInput(torch.tensor([5, 6, 7]), plan, None, (), torch.empty(0, dtype=torch.int64), None)
+        step = DecoderInput(torch.tensor([5, 6, 7]), plan, None, torch.empty(0, dtype=torch.int64), None)
         assert decoder.forward(step, arena).shape == (0, 300)

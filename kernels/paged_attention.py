@@ -1,0 +1,108 @@
+"""Attention of a step by the kernels for GPUs: rows that decode first, then the chunks of prompts.
+
+All that varies from step to step lies in the tensors of ``PagedPlan``, whose shapes are capacities: what is left over
+holds work that does nothing, so a captured graph can be replayed for any step that fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from loraplex.kernels.attention import Heads, Rotary
+from loraplex.kernels.paged_decode import paged_decode
+from loraplex.kernels.paged_prefill import paged_prefill
+from loraplex.kernels.rope_write import rope_write
+
+
+@dataclass(frozen=True, slots=True)
+class PagedPlan:
+    """Where a step's keys and values lie, in tensors on the device. Rows [0, B) decode; the others are prompts' chunks.
+
+    Attributes:
+        positions: [rows] int32.
+        slots: [rows] int32, ``2 page_tokens * page + place`` of each row's key; -1 stores nothing.
+        num_decodes: B, those that pad included.
+        page_table: [B + S, pages] int32, of the decoding rows, then of the prompts.
+        lengths: [B] int32, keys of each decoding row; 0 where it pads.
+        decode_tiles: by window, ``tiles`` and ``tile_starts`` of ``paged_decode``; none where no row decodes.
+        row_starts: [S + 1] int32, the first row of each prompt, counted from B.
+        prompt_lengths: [S] int32, keys of each prompt.
+        prefill_tiles: [n, 2] int32, of ``paged_prefill``.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    num_decodes: int
+    page_table: torch.Tensor
+    lengths: torch.Tensor
+    decode_tiles: Mapping[int | None, tuple[torch.Tensor, torch.Tensor]]
+    row_starts: torch.Tensor
+    prompt_lengths: torch.Tensor
+    prefill_tiles: torch.Tensor
+
+
+class PagedAttention:
+    """Attention by the paged kernels.
+
+    Args:
+        heads: of the model.
+        rotary: of the model.
+        max_positions: the longest context.
+        device: of the kernels.
+    """
+
+    def __init__(self, heads: Heads, rotary: Rotary, max_positions: int, device: torch.device) -> None:
+        self._heads = heads
+        self._rotary = rotary.table(max_positions, device)
+
+    def begin(self, plan: PagedPlan, dtype: torch.dtype) -> PagedAttentionStep:
+        """As in ``Attention``."""
+        del dtype  # rotated in float32
+        return PagedAttentionStep(self._heads, self._rotary, plan)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttentionStep:
+    """A step of ``PagedAttention``; ``rotary`` is [max_positions, head_dim], see ``rope_write``."""
+
+    heads: Heads
+    rotary: torch.Tensor
+    plan: PagedPlan
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        arena: torch.Tensor,
+        window: int | None,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As in ``attention.AttentionStep``."""
+        heads, plan = self.heads, self.plan
+        pages = arena.view(arena.shape[0], 2, -1, heads.num_kv_heads, heads.head_dim)
+        q = rope_write(qkv, plan.positions, self.rotary, q_norm, k_norm, heads.norm_eps, pages, plan.slots)
+        decodes, seen = plan.num_decodes, window or 0
+        if decodes == len(q):
+            return self._decode(q, pages, window).view(len(q), -1)
+        prompts = paged_prefill(
+            q[decodes:],
+            pages,
+            plan.page_table[decodes:],
+            plan.row_starts,
+            plan.prompt_lengths,
+            plan.prefill_tiles,
+            heads.scale,
+            seen,
+        )
+        if not decodes:
+            return prompts.view(len(q), -1)
+        return torch.cat((self._decode(q[:decodes], pages, window), prompts)).view(len(q), -1)
+
+    def _decode(self, q: torch.Tensor, pages: torch.Tensor, window: int | None) -> torch.Tensor:
+        plan = self.plan
+        tiles, tile_starts = plan.decode_tiles[window]
+        table = plan.page_table[: plan.num_decodes]
+        return paged_decode(q, pages, table, plan.lengths, tiles, tile_starts, self.heads.scale, window or 0)
