@@ -2,12 +2,164 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from loraplex.memory.adapter_image import AdapterImage
+from loraplex.memory.copy_stream import CopyEvent, CopyStream, CudaCopyStream
 
 _MAX_SLICES = 8
 """Up to so many runs of pages are copied as slices; with more of them one scatter is quicker."""
+
+COPY_BYTES = 512 << 10
+"""Bytes of one copy to a GPU at least, on average, where the image is that large. A PCIe link of 25 to 50 GB/s takes
+10 to 20 us for them, about what the host needs to queue a copy, a scatter and an event: with smaller ones the link, and
+the step loop that queues them, would wait for launches."""
+
+
+@dataclass(slots=True)
+class TransferStats:
+    """What has been paged in since the start: adapters, their bytes, and the seconds that copies took, without the time
+    that they waited for their turn. Counted when a copy is known done."""
+
+    adapters: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """Copies that are queued.
+
+    Attributes:
+        image: what they read; kept until they are done.
+        part_of_layer: for each layer, the part that brings it.
+        events: for each part, an event behind its copies. The last one is timed.
+        begun: a timed event before the first copy.
+        stats: counts the bytes and the time.
+    """
+
+    image: AdapterImage
+    part_of_layer: Sequence[int]
+    events: Sequence[CopyEvent]
+    begun: CopyEvent
+    stats: TransferStats
+
+
+class Arrival:
+    """An adapter on its way into the pool, in parts of whole layers, each with an event.
+
+    Of model sites each row lies in another layer (see ``SiteLayout``), so they need ``wait_all``.
+
+    The waits make the computing stream wait, never the host, and count on one computing stream: what it has been made
+    to wait for once, it is not made to wait for again. Neither they nor ``is_complete`` may run while a CUDA graph is
+    captured: before a graph that reads the adapter is replayed, call ``wait_all``.
+
+    Args:
+        under_way: the copies; None where they are done.
+    """
+
+    def __init__(self, under_way: _UnderWay | None = None) -> None:
+        self._under_way = under_way
+        self._waited = 0
+
+    def is_complete(self) -> bool:
+        """Whether all has arrived; never waits. Once it has, the image is let go."""
+        if self._under_way is None:
+            return True
+        last = self._under_way.events[-1]
+        if not last.is_done():
+            return False
+        _count(self._under_way.stats, self._under_way.image, last.seconds_since(self._under_way.begun))
+        self._under_way = None
+        return True
+
+    def wait(self, layer: int) -> None:
+        """Let the computing stream wait until a layer and those before it have arrived."""
+        if self._under_way is not None:
+            self._wait_for_parts(self._under_way, self._under_way.part_of_layer[layer] + 1)
+
+    def wait_all(self) -> None:
+        """Let the computing stream wait until everything has arrived."""
+        if self._under_way is not None:
+            self._wait_for_parts(self._under_way, len(self._under_way.events))
+
+    def _wait_for_parts(self, under_way: _UnderWay, count: int) -> None:
+        if count > self._waited and not self.is_complete():
+            under_way.events[count - 1].hold_back()  # parts arrive in order
+            self._waited = count
+
+
+class AdapterTransfer:
+    """Pages adapters in beside the steps: no step waits for one that it does not read.
+
+    On CUDA the copies are queued on a stream of their own. They begin once all that the computing stream has been given
+    so far is done, for it may still read what those pages held; what it is given later runs beside them. The host never
+    waits, if images lie in page-locked memory. Elsewhere an adapter is copied at once.
+
+    Before the pages of an adapter that has not arrived are given to anyone but another adapter, the computing stream
+    must be made to wait by ``Arrival.wait_all``. Copies into the same pages are done in order.
+
+    No method may be called while a CUDA graph is captured.
+
+    Args:
+        arena: [num_layers, num_pages, page_elems].
+        stats: counts what arrives.
+        stream: that copies; by default one of the arena's device, or none where copies are done at once.
+    """
+
+    def __init__(self, arena: torch.Tensor, stats: TransferStats, stream: CopyStream | None = None) -> None:
+        self._arena = arena
+        self._stats = stats
+        self._stream = CudaCopyStream(arena.device) if stream is None and arena.is_cuda else stream
+        self._under_way: list[Arrival] = []
+
+    def page_in(self, image: AdapterImage, pages: list[int]) -> Arrival:
+        """Copy an image into pages of the arena, or begin to.
+
+        Args:
+            image: ``data [num_layers, n, page_elems]`` on the host, contiguous. It is kept until it has arrived,
+                whoever lets go of it.
+            pages: the n pages, distinct; page ``i`` of the image goes to ``pages[i]`` in every layer.
+
+        Errors: ValueError where the shapes, the dtypes or the number of pages do not fit.
+        """
+        _check(image.data, self._arena, pages)
+        self.collect()
+        if self._stream is None or not pages:
+            started = time.perf_counter()
+            page_in(image, self._arena, pages)
+            _count(self._stats, image, time.perf_counter() - started)
+            return Arrival()
+        arrival = self._queue(self._stream, image, pages)
+        self._under_way.append(arrival)
+        return arrival
+
+    def collect(self) -> None:
+        """Count what has arrived and let go of its images; call it once a step. Never waits."""
+        self._under_way = [arrival for arrival in self._under_way if not arrival.is_complete()]
+
+    def _queue(self, stream: CopyStream, image: AdapterImage, pages: list[int]) -> Arrival:
+        layers = image.data.shape[0]
+        layer_bytes = image.data[0].nbytes
+        runs = _runs(pages)
+        as_slices = layer_bytes >= COPY_BYTES * len(runs)
+        step = 1 if as_slices else min(layers, -(-COPY_BYTES // layer_bytes))
+        index = None if as_slices else stream.index(pages)
+        stream.follow()
+        begun = stream.record(timed=True)
+        events = []
+        for first in range(0, layers, step):
+            stop = min(first + step, layers)
+            if index is None:
+                stream.copy(_slices(image.data[first], self._arena[first], pages, runs))
+            else:
+                stream.scatter(self._arena[first:stop], index, image.data[first:stop])
+            events.append(stream.record(timed=stop == layers))
+        return Arrival(_UnderWay(image, [layer // step for layer in range(layers)], events, begun, self._stats))
 
 
 def page_in(image: AdapterImage, arena: torch.Tensor, pages: list[int]) -> None:
@@ -31,6 +183,19 @@ def page_in(image: AdapterImage, arena: torch.Tensor, pages: list[int]) -> None:
     for start, stop in runs:
         first = pages[start]
         arena[:, first : first + stop - start].copy_(data[:, start:stop])
+
+
+def _count(stats: TransferStats, image: AdapterImage, seconds: float) -> None:
+    stats.adapters += 1
+    stats.num_bytes += image.data.nbytes
+    stats.seconds += seconds
+
+
+def _slices(
+    data: torch.Tensor, layer: torch.Tensor, pages: list[int], runs: list[tuple[int, int]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Copies (target, source) of one layer's runs: ``data [n, elems]`` into ``layer [num_pages, elems]``."""
+    return [(layer[pages[start] : pages[start] + stop - start], data[start:stop]) for start, stop in runs]
 
 
 def _check(data: torch.Tensor, arena: torch.Tensor, pages: list[int]) -> None:
