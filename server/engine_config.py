@@ -8,6 +8,8 @@ import msgspec
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+AttentionName = Literal["auto", "triton", "flashinfer"]
+KernelsName = Literal["auto", "triton", "plain"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from loraplex.server.engine_config import DeviceName, DtypeName, EngineConfig
+from loraplex.server.engine_config import AttentionName, DeviceName, DtypeName, EngineConfig
 from loraplex.server.errors import InvalidRequestError
 from loraplex.server.http_config import HttpConfig
 
@@ -61,6 +61,11 @@ class Settings(BaseSettings):
 
     dtype: DtypeName = Field("auto", description="auto: the checkpoint's, or float32 on a CPU without fast bfloat16.")
     device: DeviceName = Field("auto", description="auto: cuda where there is one and this version has kernels for it.")
+    attention: AttentionName = Field(
+        "auto",
+        description="Attention on CUDA; auto: triton, the same to the last bit in any batch. flashinfer is not, and "
+        "has to be installed.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads for the model; all cores if absent.")
     max_model_len: int | None = Field(None, ge=1, description="Longest context in tokens; the model's own if absent.")
 
