@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -15,6 +16,16 @@ from loraplex.kernels.attention import Heads, Rotary
 from loraplex.kernels.paged_decode import paged_decode
 from loraplex.kernels.paged_prefill import paged_prefill
 from loraplex.kernels.rope_write import rope_write
+
+
+class OtherKernels(Protocol):
+    """Attention kernels of a library, such as ``FlashInferAttention``."""
+
+    def decode(self, q: torch.Tensor, pages: torch.Tensor, window: int | None) -> torch.Tensor:
+        """``paged_decode`` of the rows that decode: [B, H, D] to [B, H, D]."""
+
+    def prefill(self, q: torch.Tensor, pages: torch.Tensor, window: int | None) -> torch.Tensor:
+        """``paged_prefill`` of the chunks of prompts: [rows, H, D] to [rows, H, D]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +42,7 @@ class PagedPlan:
         row_starts: [S + 1] int32, the first row of each prompt, counted from B.
         prompt_lengths: [S] int32, keys of each prompt.
         prefill_tiles: [n, 2] int32, of ``paged_prefill``.
+        other: kernels that were told of this step already, in place of ours.
     """
 
     positions: torch.Tensor
@@ -42,6 +54,7 @@ class PagedPlan:
     row_starts: torch.Tensor
     prompt_lengths: torch.Tensor
     prefill_tiles: torch.Tensor
+    other: OtherKernels | None = None
 
 
 class PagedAttention:
@@ -84,25 +97,27 @@ class PagedAttentionStep:
         heads, plan = self.heads, self.plan
         pages = arena.view(arena.shape[0], 2, -1, heads.num_kv_heads, heads.head_dim)
         q = rope_write(qkv, plan.positions, self.rotary, q_norm, k_norm, heads.norm_eps, pages, plan.slots)
-        decodes, seen = plan.num_decodes, window or 0
+        decodes = plan.num_decodes
         if decodes == len(q):
             return self._decode(q, pages, window).view(len(q), -1)
-        prompts = paged_prefill(
-            q[decodes:],
-            pages,
-            plan.page_table[decodes:],
-            plan.row_starts,
-            plan.prompt_lengths,
-            plan.prefill_tiles,
-            heads.scale,
-            seen,
-        )
+        prompts = self._prefill(q[decodes:], pages, window)
         if not decodes:
             return prompts.view(len(q), -1)
         return torch.cat((self._decode(q[:decodes], pages, window), prompts)).view(len(q), -1)
 
     def _decode(self, q: torch.Tensor, pages: torch.Tensor, window: int | None) -> torch.Tensor:
         plan = self.plan
+        if plan.other is not None:
+            return plan.other.decode(q, pages, window)
         tiles, tile_starts = plan.decode_tiles[window]
         table = plan.page_table[: plan.num_decodes]
         return paged_decode(q, pages, table, plan.lengths, tiles, tile_starts, self.heads.scale, window or 0)
+
+    def _prefill(self, q: torch.Tensor, pages: torch.Tensor, window: int | None) -> torch.Tensor:
+        plan = self.plan
+        if plan.other is not None:
+            return plan.other.prefill(q, pages, window)
+        table, lengths = plan.page_table[plan.num_decodes :], plan.prompt_lengths
+        return paged_prefill(
+            q, pages, table, plan.row_starts, lengths, plan.prefill_tiles, self.heads.scale, window or 0
+        )

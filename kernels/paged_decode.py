@@ -56,7 +56,7 @@ def paged_decode(
         page_table: [B, max_pages] int32.
         lengths: [B] int32, keys of each sequence, the newest included; 0 yields zeros.
         tiles: [capacity, 2] int32 and
-        tile_starts: [B + 1] int32, of ``fill_decode_tiles`` with the same lengths and window.
+        tile_starts: [B + 1] int32, of ``list_decode_tiles`` with the same lengths and window.
         scale: of the scores, positive.
         window: how many keys are visible, the newest included; 0 is all.
 
@@ -71,37 +71,28 @@ def paged_decode(
 
 def count_splits(lengths: Int32Array, window: int) -> Int32Array:
     """Splits of each row, at least one: [B] int32."""
-    first = np.maximum(lengths - window, 0) // ALIGNMENT * ALIGNMENT if window else 0
-    span = np.maximum(lengths - first, 1)
-    split = SPLIT_KEYS * -(-span // (SPLIT_KEYS * MAX_SPLITS))
-    splits: Int32Array = (-(-span // split)).astype(np.int32)
+    span = np.maximum(lengths - np.maximum(lengths - window, 0) // ALIGNMENT * ALIGNMENT if window else lengths, 1)
+    most = SPLIT_KEYS * MAX_SPLITS
+    split = SPLIT_KEYS if span.max(initial=1) <= most else SPLIT_KEYS * -(-span // most)
+    splits: Int32Array = ((span + (split - 1)) // split).astype(np.int32)
     return splits
 
 
-def fill_decode_tiles(lengths: Int32Array, window: int, tiles: Int32Array, tile_starts: Int32Array) -> int:
-    """Write the work of a step in place.
+def list_decode_tiles(splits: Int32Array) -> tuple[Int32Array, Int32Array]:
+    """The work of a step.
 
     Args:
-        lengths: [B] int32.
-        window: as in ``paged_decode``.
-        tiles: [capacity, 2] int32, filled with (row, split) from the front.
-        tile_starts: [B + 1] int32, filled with each row's first tile and, last, their number.
+        splits: [B] int32, of ``count_splits``.
 
     Returns:
-        The number of tiles.
-
-    Raises:
-        ValueError: more tiles than ``tiles`` holds.
+        [n, 2] int32, (row, split) of each tile, and [B + 1] int32, each row's first tile and, last, their number.
     """
-    splits = count_splits(lengths, window)
-    tile_starts[0] = 0
-    np.cumsum(splits, out=tile_starts[1:])
-    count = int(tile_starts[-1])
-    if count > len(tiles):
-        raise ValueError(f"tiles: room for {len(tiles)}, and these lengths need {count}")
-    tiles[:count, 0] = np.repeat(np.arange(len(splits), dtype=np.int32), splits)
-    tiles[:count, 1] = np.arange(count, dtype=np.int32) - np.repeat(tile_starts[:-1], splits)
-    return count
+    starts = np.zeros(len(splits) + 1, dtype=np.int32)
+    np.cumsum(splits, out=starts[1:])
+    tiles = np.empty((int(starts[-1]), 2), dtype=np.int32)
+    tiles[:, 0] = np.repeat(np.arange(len(splits), dtype=np.int32), splits)
+    tiles[:, 1] = np.arange(len(tiles), dtype=np.int32) - np.repeat(starts[:-1], splits)
+    return tiles, starts
 
 
 def paged_decode_reference(

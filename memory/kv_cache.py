@@ -26,6 +26,7 @@ class KvCache:
         self._page_tokens = page_tokens
         self._pages: dict[int, list[int]] = {}
         self._users: dict[int, int] = {}
+        self._replaced: set[int] = set()
         self.prefixes = PrefixCache(pool)
 
     @property
@@ -96,14 +97,21 @@ class KvCache:
                 self._pool.retain((cached,))
                 self._users[cached] = self._users.get(cached, 0) + 1
                 pages[index] = cached
+                self._replaced.add(seq_id)
                 self._leave([own], keep=False)
 
     def pages(self, seq_id: int) -> list[int]:
         """The page list of a sequence, to be read only. Empty for an unknown one.
 
-        It grows as the sequence does; between steps ``cache`` may put a page of the same content in another's place.
+        It grows as the sequence does; between steps ``cache`` may put a page of the same content in another's place
+        (see ``take_replaced``).
         """
         return self._pages.get(seq_id, [])
+
+    def take_replaced(self) -> set[int]:
+        """Sequences that have pages in which ``cache`` put others, since the last call."""
+        replaced, self._replaced = self._replaced, set()
+        return replaced
 
     def release(self, seq_id: int, *, keep: bool = True) -> None:
         """Give up the pages of a sequence; unknown ones are ignored.
@@ -111,6 +119,7 @@ class KvCache:
         Cached pages that nobody uses any more stay cached until they are wanted, unless ``keep`` is false.
         """
         pages = self._pages.pop(seq_id, None)
+        self._replaced.discard(seq_id)
         if pages:
             self._leave(pages[::-1], keep)
 

@@ -87,10 +87,9 @@ class Paged:
     ) -> torch.Tensor:
         """The kernel's result, or the reference's in float64."""
         lengths = np.asarray(self.lengths, dtype=np.int32)
-        needed = int(paged_decode.count_splits(lengths, window).sum())
-        tiles = np.full((needed if capacity is None else capacity, 2), 2**30, dtype=np.int32)
-        starts = np.zeros(len(lengths) + 1, dtype=np.int32)
-        paged_decode.fill_decode_tiles(lengths, window, tiles, starts)
+        needed, starts = paged_decode.list_decode_tiles(paged_decode.count_splits(lengths, window))
+        tiles = np.full((len(needed) if capacity is None else capacity, 2), 2**30, dtype=np.int32)
+        tiles[: len(needed)] = needed
         rest = (self.table, self.lengths_tensor, torch.from_numpy(tiles), torch.from_numpy(starts), self.scale, window)
         if exact:
             return paged_decode.paged_decode_reference(q.double(), self.pages.double(), *rest)
