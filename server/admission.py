@@ -138,21 +138,24 @@ class Admission:
                 self._deferred.discard(sequence)
                 self._in_line.add(sequence)
 
-    def admit(self, plan: StepPlan, running: list[Sequence], budget: int, fail: FailRequest) -> None:
+    def admit(
+        self, plan: StepPlan, running: list[Sequence], budget: int, fail: FailRequest, *, idle: bool = True
+    ) -> None:
         """Let sequences in, in order of arrival, and plan their first chunks and page-ins.
 
-        Adapters of the sequences considered start to load even where nobody can come in. If the plan has no chunks
-        afterwards, every sequence waits for an adapter.
+        Adapters of the sequences considered start to load even where nobody can come in. If the plan of an idle machine
+        has no chunks afterwards, every sequence waits for an adapter.
 
         Args:
             plan: gets chunks and page-ins.
             running: gets those admitted, in order of arrival.
             budget: tokens left in this step; 0 admits nobody.
             fail: called for a request that can never run.
+            idle: whether no step is in flight: one in flight may hold what those in line need.
         """
         self._consider_first(plan, running, budget, fail)
         # While the machine would stand idle, the line is gone through to its end: who stands there may need no adapter.
-        while len(self._in_line) and not plan.chunks:
+        while idle and len(self._in_line) and not plan.chunks:
             self._consider_first(plan, running, budget, fail)
 
     def _consider_first(self, plan: StepPlan, running: list[Sequence], budget: int, fail: FailRequest) -> None:

@@ -1,16 +1,22 @@
 """The engine: scheduler, memory and model behind one queue of commands. One thread; it never waits for disk or network.
 
 ``handle`` takes commands in, ``step`` makes one step and returns what it has to say. ``engine_loop.py`` drives it.
+
+Where the runner runs ahead, a step is launched before the result of the one before is taken, so that the device goes on
+while the host prepares; two steps are in flight at most.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 
 from loraplex.memory.adapter_cache import AdapterCache
+from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.adapter_store import AdapterStore
 from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
@@ -34,11 +40,31 @@ from loraplex.server.messages import (
     TokenOutput,
     UnloadAdapter,
 )
-from loraplex.server.model_runner import ModelRunner, StepResult
 from loraplex.server.scheduler import Scheduler
-from loraplex.server.step_plan import PageIn, StepPlan
+from loraplex.server.step_plan import Chunk, PageIn, PendingStep, StepPlan
 
 _log = structlog.get_logger(__name__)
+
+
+class StepRunner(Protocol):
+    """What carries out steps, in the order in which it is told of them."""
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether it takes a step, whose chunks may await a token, before the result of the last one is taken."""
+
+    @property
+    def expert_tokens(self) -> dict[str, list[int]]:
+        """How often each expert was chosen, by identity, for the adapters with the most."""
+
+    def page_in(self, image: AdapterImage, pages: list[int]) -> None:
+        """Copy an adapter into its pages; from now on chunks may name it."""
+
+    def keep_only(self, identities: Iterable[str]) -> None:
+        """Forget adapters that left the pool."""
+
+    def launch(self, chunks: list[Chunk]) -> PendingStep:
+        """Start one forward pass over the chunks, behind all that was started before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +78,16 @@ class EngineParts:
     store: AdapterStore
     directory: HostDirectory
     scheduler: Scheduler
-    runner: ModelRunner
+    runner: StepRunner
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step in flight, launched at ``started`` seconds."""
+
+    plan: StepPlan
+    pending: PendingStep
+    started: float
 
 
 class Engine:
@@ -71,7 +106,9 @@ class Engine:
         self._stats_interval = stats_interval
         self._stats_at = 0.0
         self._last_stats: EngineStats | None = None
+        self._in_flight: _Launched | None = None
         self._steps = 0
+        self._completed_at = 0.0
         self._step_seconds: list[float] = []
         self._load_seconds: list[float] = []
 
@@ -81,14 +118,14 @@ class Engine:
 
     @property
     def is_runnable(self) -> bool:
-        """Whether a step would get on: something runs, or waits for more than a load."""
+        """Whether a step would get on: one is in flight, or something runs, or waits for more than a load."""
         scheduler = self._parts.scheduler
-        return scheduler.num_running > 0 or scheduler.num_ready > 0
+        return self._in_flight is not None or scheduler.num_running > 0 or scheduler.num_ready > 0
 
     @property
     def has_work(self) -> bool:
-        """Whether any request or call is open."""
-        return self._parts.scheduler.has_work or bool(self._loads)
+        """Whether any request or call is open, or a step in flight."""
+        return self._parts.scheduler.has_work or self._in_flight is not None or bool(self._loads)
 
     def handle(self, command: Command) -> None:
         """Take a command in. Errors become events."""
@@ -118,7 +155,16 @@ class Engine:
     def step(self) -> list[Event]:
         """Make one step, if anything is runnable, and return all that there is to say since the last call."""
         self._poll_loads()
-        outputs = self._run_step()
+        outputs: list[TokenOutput] = []
+        try:
+            self._run_step(outputs)
+        except Exception as error:
+            _log.exception("a step failed; its requests end with an error")
+            self._in_flight = None
+            self._failed += self._parts.scheduler.fail_all(
+                EngineError(f"The engine failed in a step: {type(error).__name__}.")
+            )
+            self._distrust_pool()
         if outputs or self._failed:
             self._events.append(OutputBatch(outputs=outputs, failed=self._failed))
             self._failed = []
@@ -126,24 +172,34 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def _run_step(self) -> list[TokenOutput]:
+    def _run_step(self, outputs: list[TokenOutput]) -> None:
+        """Launch the next step, if there is one, and take the result of the one before, or of this one."""
+        if self._in_flight is not None and self._in_flight.plan.needs_completion:
+            self._complete(outputs)
+        launched = self._launch_next()
+        if self._in_flight is not None:
+            self._complete(outputs)
+        self._in_flight = launched
+        if launched is not None and not self._parts.runner.runs_ahead:
+            self._complete(outputs)
+
+    def _launch_next(self) -> _Launched | None:
         started = time.perf_counter()
-        scheduler = self._parts.scheduler
-        try:
-            plan = scheduler.schedule()
-            self._failed += plan.failed
-            if not plan.chunks:
-                return []
-            result = self._execute(plan)
-            outputs = scheduler.complete(plan, result.sampled, result.prompt_logprobs, result.routing)
-        except Exception as error:
-            _log.exception("a step failed; its requests end with an error")
-            self._failed += scheduler.fail_all(EngineError(f"The engine failed in a step: {type(error).__name__}."))
-            self._distrust_pool()
-            return []
+        plan = self._parts.scheduler.schedule()
+        self._failed += plan.failed
+        return _Launched(plan, self._launch(plan), started) if plan.chunks else None
+
+    def _complete(self, outputs: list[TokenOutput]) -> None:
+        """Wait for the step in flight and add what it has to say."""
+        assert self._in_flight is not None
+        step, self._in_flight = self._in_flight, None
+        result = step.pending.result()
+        outputs += self._parts.scheduler.complete(step.plan, result.sampled, result.prompt_logprobs, result.routing)
+        now = time.perf_counter()
         self._steps += 1
-        self._step_seconds.append(time.perf_counter() - started)
-        return outputs
+        # Of a step that was launched while another one ran, the time in which it had the device to itself.
+        self._step_seconds.append(now - max(step.started, self._completed_at))
+        self._completed_at = now
 
     def _distrust_pool(self) -> None:
         """After a step that failed half-way anything in the pool may be half written: it is all made afresh."""
@@ -152,12 +208,12 @@ class Engine:
         self._parts.kv.prefixes.clear()
         self._parts.runner.keep_only(())
 
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _launch(self, plan: StepPlan) -> PendingStep:
         if plan.page_ins:
             self._parts.runner.keep_only(self._parts.adapters.resident)
         for page_in in plan.page_ins:
             self._page_in(page_in)
-        return self._parts.runner.run(plan.chunks)
+        return self._parts.runner.launch(plan.chunks)
 
     def _page_in(self, page_in: PageIn) -> None:
         started = time.perf_counter()

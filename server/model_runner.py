@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 
@@ -13,23 +12,13 @@ from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.transfer import page_in
 from loraplex.server.batch import Batch, BatchMaker, LogitRow
 from loraplex.server.decoder import Decoder
-from loraplex.server.messages import RouterChoice, TokenLogprob
+from loraplex.server.messages import TokenLogprob
 from loraplex.server.routing_report import ExpertCounts, routing_of_sequences
 from loraplex.server.sampler import sample, token_logprobs
-from loraplex.server.step_plan import Chunk, SampledToken
+from loraplex.server.step_plan import Chunk, FinishedStep, PendingStep, StepResult
 
 _LOGPROB_ROWS = 256
 """Rows of prompt log-probabilities worked out at a time; bounds memory at large vocabularies."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step yields, by ``seq_id``: sampled tokens, log-probabilities of the prompt tokens of its chunks, and the
-    experts that routers chose, for the sequences that ask."""
-
-    sampled: dict[int, SampledToken] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
-    routing: dict[int, list[RouterChoice]] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -40,7 +29,13 @@ class ModelRunner:
         arena: [num_layers, num_pages, page_elems], the pool's memory.
         batches: makes the tensors.
         expert_counts: counts the choices of routers, where the metrics show them.
+
+    Attributes:
+        runs_ahead: whether ``launch`` returns before the step is done and takes chunks that await a token of the step
+            before; such a runner is given one step more before the result of the last one is taken.
     """
+
+    runs_ahead: bool = False
 
     def __init__(
         self, decoder: Decoder, arena: torch.Tensor, batches: BatchMaker, expert_counts: ExpertCounts | None = None
@@ -69,6 +64,10 @@ class ModelRunner:
         kept = set(identities)
         for identity in [i for i in self._resident if i not in kept]:
             del self._resident[identity]
+
+    def launch(self, chunks: list[Chunk]) -> PendingStep:
+        """Start a step: one forward pass over the chunks, behind all that was started before."""
+        return FinishedStep(self.run(chunks))
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> StepResult:

@@ -43,7 +43,7 @@ class Sequence:
         seed: of its random draws, 0 to 2**63 - 1.
         prompt_ids: shared by the choices of a request; never written.
         output_ids: tokens sampled so far; grown by ``append`` only.
-        num_computed: leading tokens whose K/V is in the pool.
+        num_computed: leading tokens whose K/V is in the pool, or will be after the step in flight.
         state: see ``TRANSITIONS``; changed by ``enter`` only.
         cached_tokens: tokens whose K/V was in the pool already at the first admission.
         first_scheduled_at: monotonic seconds of the first admission.
@@ -57,7 +57,9 @@ class Sequence:
         chain: names of its pages in the prefix cache; None while it is not known, or where it is not used.
         num_cached_pages: leading full pages that it has from the prefix cache or has given to it, if it uses it.
         passed: later sequences admitted while this one was first in line and found no pages.
-        num_tokens: known tokens, the prompt's and the sampled ones; kept by ``append``, as every step asks for it.
+        num_pending: 1 while the step in flight samples a token for it whose id is not known yet, else 0.
+        num_tokens: the prompt's tokens, the sampled ones and the pending one; kept by ``expect`` and ``append``, as
+            every step asks for it.
     """
 
     seq_id: int
@@ -80,20 +82,36 @@ class Sequence:
     chain: PageChain | None = field(default=None, repr=False)
     num_cached_pages: int = 0
     passed: int = 0
+    num_pending: int = 0
     num_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.num_tokens = len(self.prompt_ids) + len(self.output_ids)
+        self.num_tokens = len(self.prompt_ids) + len(self.output_ids) + self.num_pending
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether more than its last known token is still to be computed."""
+        """Whether more than its last token is still to be computed."""
         return self.num_computed < self.num_tokens - 1
 
     @property
     def has_prompt_computed(self) -> bool:
         """Whether the K/V of the whole prompt is in the pool."""
         return self.num_computed >= len(self.prompt_ids)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens sampled so far, the pending one included: the position of the next draw."""
+        return len(self.output_ids) + self.num_pending
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the ids of all sampled tokens must be known before the next one can be sampled: under penalties."""
+        return self.output_counts is not None
+
+    @property
+    def ends_with_pending(self) -> bool:
+        """Whether the pending token, whatever it is, is its last: there is nothing to compute behind it."""
+        return self.num_pending > 0 and self.num_tokens >= self.request.max_total_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -122,15 +140,25 @@ class Sequence:
         assert state in TRANSITIONS[self.state], f"sequence {self.seq_id}: {self.state.value} -> {state.value}"
         self.state = state
 
-    def append(self, token_id: int) -> None:
-        """Add a sampled token."""
-        self.output_ids.append(token_id)
+    def expect(self) -> None:
+        """Count a token that the step in flight samples. There is one at most, and none where ``needs_history``."""
+        assert not self.num_pending, f"sequence {self.seq_id} has a pending token already"
+        assert not self.needs_history, f"sequence {self.seq_id} cannot go on before its last token is known"
+        self.num_pending = 1
         self.num_tokens += 1
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token; it is the pending one, where there is one."""
+        self.output_ids.append(token_id)
+        if self.num_pending:
+            self.num_pending = 0
+        else:
+            self.num_tokens += 1
         if self.output_counts is not None:
             self.output_counts[token_id] += 1
 
     def finish_reason(self) -> FinishReason | None:
-        """Why the sequence is over after its latest token, or None while it goes on."""
+        """Why the sequence is over after its latest token, or None while it goes on. No token is pending."""
         num_outputs = len(self.output_ids)
         params = self.request.params
         if num_outputs and num_outputs >= params.min_tokens and self.output_ids[-1] in self.request.stop_ids:

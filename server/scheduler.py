@@ -5,6 +5,12 @@ It decides and touches no tensor. A step is ``schedule`` (which gives a ``StepPl
 the step's token budget goes to prompts under way, then to sequences from the line (see ``admission.py``), each by
 arrival.
 
+The next step can be planned while one is in flight. Its chunks count as computed then, and where it samples, its
+sequence has one token whose id is *pending* until ``complete``. A sequence whose end depends on that token alone is
+planned a token too many, whose result is ignored. Work on the device is done in the order of the plans: pages that a
+sequence gives up by preemption may be another's in the next step. Those of sequences that have ended, and the pins of
+their adapters, are kept until no step that has been planned uses them.
+
 When a running sequence needs a page and neither a free nor an idle one is left, the running sequence that
 arrived last is preempted: it gives up its pages and computes its tokens again when it comes back in. So whoever arrived
 first always gets on, and since its ``max_total_tokens`` fit the pool, it ends.
@@ -41,7 +47,7 @@ from loraplex.server.messages import (
 )
 from loraplex.server.request import Request, Sequence, SequenceState, make_request
 from loraplex.server.scheduler_config import SchedulerConfig
-from loraplex.server.step_output import collect_routing, make_output
+from loraplex.server.step_output import collect_prompt_logprobs, collect_routing, make_output
 from loraplex.server.step_plan import Chunk, PageIn, SampledToken, StepPlan, cut_chunk
 
 __all__ = [
@@ -94,8 +100,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._num_live = 0
         self._next_seq_id = 0
-        self._in_flight: StepPlan | None = None
-        self._release_later: list[Sequence] = []
+        self._in_flight: list[StepPlan] = []
         self.preemptions = 0
 
     @property
@@ -178,20 +183,26 @@ class Scheduler:
         return RequestFailed(request_id=request_id, error=ErrorInfo.of(error))
 
     def fail_all(self, error: LoraplexError) -> list[RequestFailed]:
-        """End every request with an error and give up the step under way, if there is one.
+        """End every request with an error and give up the steps in flight.
 
-        Adapters that it was to page in are dropped: their pages may hold anything.
+        Adapters that they were to page in are dropped: their pages may hold anything.
         """
-        plan, self._in_flight = self._in_flight, None
-        self._release_ended()
+        ended, plans, self._in_flight = self._ended, self._in_flight, []
+        for sequence in ended:
+            self._release(sequence)
         failed = [self.fail(request_id, error) for request_id in list(self._requests)]
-        for page_in in plan.page_ins if plan else ():
+        for page_in in [page_in for plan in plans for page_in in plan.page_ins]:
             self._adapters.drop(page_in.identity)
         return [message for message in failed if message is not None]
 
     def schedule(self) -> StepPlan:
-        """Plan a step. A plan with chunks must be given to ``complete`` (or ``fail_all``) before the next one."""
-        assert self._in_flight is None, "the last step has not been completed"
+        """Plan a step. A plan with chunks must be given to ``complete`` (or ``fail_all``) in its turn.
+
+        The last one may be in flight meanwhile, unless it ``needs_completion``; it is completed before the next call.
+        """
+        assert len(self._in_flight) <= 1, "the step before the last one has not been completed"
+        for last in self._in_flight:
+            last.anticipate()
         plan = StepPlan()
         preemptions = self.preemptions
         self._plan_decodes(plan)
@@ -200,9 +211,9 @@ class Scheduler:
         may_enter = self.preemptions == preemptions
         fail = partial(self._fail_planned, plan)
         self._admission.poll_adapters(fail)
-        self._admission.admit(plan, self._running, budget if may_enter else 0, fail)
+        self._admission.admit(plan, self._running, budget if may_enter else 0, fail, idle=not self._in_flight)
         if plan.chunks:
-            self._in_flight = plan
+            self._in_flight.append(plan)
         return plan
 
     def _fail_planned(self, plan: StepPlan, request: Request, error: LoraplexError) -> None:
@@ -218,16 +229,20 @@ class Scheduler:
             sequence = self._running[position]
             position += 1
             computed = sequence.num_computed
+            if computed != sequence.num_tokens - 1 or (sequence.num_pending and sequence.ends_with_pending):
+                continue
             # A token that does not begin a page lies in one that is there.
-            if computed == sequence.num_tokens - 1 and (computed % page_tokens or self._secure_pages(sequence)):
+            if computed % page_tokens or self._secure_pages(sequence):
                 plan.chunks.append(cut_chunk(sequence, 1))
 
     def _secure_pages(self, sequence: Sequence) -> bool:
-        """Find room for all tokens of a running sequence; False where it had to give way itself."""
+        """Find room for all tokens of a running sequence; False where it had to give way itself, or has to wait."""
         missing = self._kv.missing_pages(sequence.seq_id, sequence.num_tokens)
         if not missing:
             return True
         while not self._pool.make_room(missing):
+            if any(self._kv.pages(ended.seq_id) or ended.pinned for ended in self._ended):
+                return False  # the step in flight gives them back
             victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -254,7 +269,6 @@ class Scheduler:
         self._give_up_pages(sequence)
         sequence.enter(SequenceState.WAITING)
         sequence.num_computed = 0
-        sequence.prompt_logprobs.clear()
         self._admission.submit(sequence)
         self.preemptions += 1
 
@@ -265,10 +279,10 @@ class Scheduler:
         prompt_logprobs: Mapping[int, list[TokenLogprob]] | None = None,
         routing: Mapping[int, list[RouterChoice]] | None = None,
     ) -> list[TokenOutput]:
-        """Take in the results of a step. Those of sequences aborted meanwhile are ignored.
+        """Take in the results of a step. Those of sequences that ended meanwhile are ignored.
 
         Args:
-            plan: from the last ``schedule``.
+            plan: the earliest one in flight.
             results: by sequence id, one for each chunk that samples.
             prompt_logprobs: by sequence id, for each chunk that wants them (see ``Chunk`` for which).
             routing: by sequence id, what routers chose for the tokens of chunks that want to know; none where there are
@@ -279,25 +293,27 @@ class Scheduler:
         """
         if not plan.chunks:
             return []
-        assert plan is self._in_flight, "a plan that is not under way"
-        self._in_flight = None
-        self._release_ended()
+        assert self._in_flight, "a plan that is not under way"
+        assert plan is self._in_flight[0], "a plan that is not the first one under way"
+        del self._in_flight[0]
+        for sequence in plan.ended:
+            self._release(sequence)
         outputs: list[TokenOutput] = []
-        page_tokens, running = self._kv.page_tokens, SequenceState.RUNNING
+        page_tokens, running, finished = self._kv.page_tokens, SequenceState.RUNNING, SequenceState.FINISHED
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            if sequence.state is not running:
+            if sequence.state is finished:
                 continue
-            sequence.num_computed = chunk.stop
             if chunk.wants_prompt_logprobs:
-                found = (prompt_logprobs or {})[sequence.seq_id]
-                assert len(found) == min(chunk.stop, len(sequence.prompt_ids) - 1) - chunk.start
-                sequence.prompt_logprobs.extend(found)
+                collect_prompt_logprobs(sequence, (prompt_logprobs or {})[sequence.seq_id], chunk)
             if chunk.wants_routing:
                 collect_routing(sequence, (routing or {}).get(sequence.seq_id, ()), chunk.stop)
-            if chunk.stop // page_tokens > sequence.num_cached_pages:
-                self._cache_pages(sequence)
-            if chunk.stop == sequence.num_tokens:
+            # One that was preempted while the step was in flight keeps what it has to say, but not its pages.
+            if sequence.state is running:
+                sequence.num_computed = chunk.stop
+                if chunk.stop // page_tokens > sequence.num_cached_pages:
+                    self._cache_pages(sequence)
+            if chunk.samples or chunk.stop == sequence.num_tokens:
                 outputs.append(self._take_result(sequence, results[sequence.seq_id] if chunk.samples else None))
         return outputs
 
@@ -334,21 +350,24 @@ class Scheduler:
         if request.num_live == 0:
             del self._requests[request.request_id]
         self._let_siblings_go(sequence)
-        # The step under way still writes and reads this sequence's pages, and may still page its adapter in.
-        self._release_later.append(sequence)
-        if self._in_flight is None:
-            self._release_ended()
+        # The steps in flight still write and read this sequence's pages, and may still page its adapter in.
+        if self._in_flight:
+            self._in_flight[-1].ended.append(sequence)
+        else:
+            self._release(sequence)
 
-    def _release_ended(self) -> None:
-        for sequence in self._release_later:
-            self._give_up_pages(sequence)
-            request = sequence.request
-            request.num_unreleased -= 1
-            if request.num_unreleased == 0 and request.holds_adapters:
-                request.holds_adapters = False
-                for ref in request.weights:
-                    self._directory.release_hold(ref)
-        self._release_later.clear()
+    @property
+    def _ended(self) -> list[Sequence]:
+        return [sequence for plan in self._in_flight for sequence in plan.ended]
+
+    def _release(self, sequence: Sequence) -> None:
+        self._give_up_pages(sequence)
+        request = sequence.request
+        request.num_unreleased -= 1
+        if request.num_unreleased == 0 and request.holds_adapters:
+            request.holds_adapters = False
+            for ref in request.weights:
+                self._directory.release_hold(ref)
 
     def _give_up_pages(self, sequence: Sequence) -> None:
         self._kv.release(sequence.seq_id, keep=self._config.prefix_caching)
@@ -384,7 +403,7 @@ class Scheduler:
         held_back = [sequence for request in self._requests.values() for sequence in request.held_back]
         waiting = sorted([*self._admission.waiting(), *held_back], key=by_arrival)
         assert waiting == sorted(set(live) - set(running), key=by_arrival)
-        self._check_ownership([*running, *self._release_later], waiting)
+        self._check_ownership([*running, *self._ended], waiting)
 
     def _check_ownership(self, owners: list[Sequence], waiting: list[Sequence]) -> None:
         """Those who run, or ran until just now, own all that is owned."""

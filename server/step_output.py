@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import msgspec
 
-from loraplex.server.messages import FinishReason, RouterChoice, TokenOutput
+from loraplex.server.messages import FinishReason, RouterChoice, TokenLogprob, TokenOutput
 from loraplex.server.request import Sequence
-from loraplex.server.step_plan import SampledToken
+from loraplex.server.step_plan import Chunk, SampledToken
 
 
 def make_output(sequence: Sequence, result: SampledToken | None, reason: FinishReason | None) -> TokenOutput:
@@ -48,6 +48,15 @@ def make_output(sequence: Sequence, result: SampledToken | None, reason: FinishR
         adapter_load_seconds=sequence.adapter_load_seconds,
         routing=routing,
     )
+
+
+def collect_prompt_logprobs(sequence: Sequence, found: list[TokenLogprob], chunk: Chunk) -> None:
+    """Keep for the first output what a chunk predicts of the prompt.
+
+    A sequence that was preempted computes its prompt from the start again: what it had found gives way.
+    """
+    assert len(found) == min(chunk.stop, len(sequence.prompt_ids) - 1) - chunk.start
+    sequence.prompt_logprobs[chunk.start :] = found
 
 
 def collect_routing(sequence: Sequence, found: Iterable[RouterChoice], stop: int) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from loraplex.server.messages import Generate, SamplingParams
 from loraplex.server.request import Sequence, choice_seed, make_request
-from loraplex.server.sampler import sample, token_logprobs
+from loraplex.server.sampler import choose_tokens, log_probabilities, sample, sample_batch, token_logprobs
+from loraplex.server.sampling_batch import SamplingBatch
 
 Floats = npt.NDArray[np.float64]
 EOS = 5
@@ -37,7 +38,7 @@ def draw(logits: SequenceOf[float], sequences: SequenceOf[Sequence]) -> list[int
 def draw_evenly(logits: SequenceOf[float], monkeypatch: pytest.MonkeyPatch, count: int = 2000, **params: Any) -> Floats:
     """Shares of the tokens when the uniform numbers are spread evenly over [0, 1)."""
     evenly = iter((i + 0.5) / count for i in range(count))
-    monkeypatch.setattr("loraplex.server.sampler._uniform", lambda *_: next(evenly))
+    monkeypatch.setattr("loraplex.server.sampling_batch._uniform", lambda *_: next(evenly))
     tokens = draw(logits, [sequence_of(seed=0, **params)] * count)
     return np.bincount(tokens, minlength=len(logits)) / count
 
@@ -143,20 +144,22 @@ def test_without_a_seed_draws_differ() -> None:
     assert len(set(draw([0.0] * 1000, [sequence_of() for _ in range(20)]))) > 10
 
 
+KINDS: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"seed": 2, "top_p": 0.9},
+    {"temperature": 0.0},
+    {"seed": 3, "top_k": 5, "logprobs": 3},
+    {"seed": 4, "presence_penalty": 1.0, "outputs": [3, 3, 4]},
+    {"seed": 5, "logit_bias": {2: 5.0}, "logprobs": 0},
+    {"seed": 6, "min_p": 0.1, "repetition_penalty": 1.5},
+    {"seed": 7, "min_tokens": 3},
+]
+
+
 def test_a_draw_does_not_depend_on_its_neighbours() -> None:
     torch.manual_seed(0)
-    kinds = [
-        {"seed": 1},
-        {"seed": 2, "top_p": 0.9},
-        {"temperature": 0.0},
-        {"seed": 3, "top_k": 5, "logprobs": 3},
-        {"seed": 4, "presence_penalty": 1.0, "outputs": [3, 3, 4]},
-        {"seed": 5, "logit_bias": {2: 5.0}, "logprobs": 0},
-        {"seed": 6, "min_p": 0.1, "repetition_penalty": 1.5},
-        {"seed": 7, "min_tokens": 3},
-    ]
-    logits = torch.randn(len(kinds), 50) * 2
-    make = [sequence_of(**kind) for kind in kinds]
+    logits = torch.randn(len(KINDS), 50) * 2
+    make = [sequence_of(**kind) for kind in KINDS]
     together = sample(logits.clone(), make)
     alone = [sample(logits[i : i + 1].clone(), [sequence])[0] for i, sequence in enumerate(make)]
     reverse = sample(logits.flip(0).clone(), make[::-1])[::-1]
@@ -227,7 +230,7 @@ def test_ignored_ends_are_sampled_like_any_token() -> None:
 def test_a_token_of_probability_zero_is_never_drawn(
     uniform: float, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex.server.sampler._uniform", lambda *_: uniform)
+    monkeypatch.setattr("loraplex.server.sampling_batch._uniform", lambda *_: uniform)
     forbidden = float("-inf")
     for logits in ([forbidden, *LOGITS, forbidden], [200.0, *LOGITS, forbidden], [forbidden, 1.0, forbidden]):
         (token,) = draw(logits, [sequence_of(seed=0, **params)])
@@ -244,7 +247,7 @@ def test_a_step_survives_logits_that_forbid_everything(params: dict[str, Any]) -
 def test_large_vocabularies_are_sampled_to_the_last_token(
     params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex.server.sampler._uniform", lambda *_: 1 - 2.0**-53)
+    monkeypatch.setattr("loraplex.server.sampling_batch._uniform", lambda *_: 1 - 2.0**-53)
     size = 150_000
     (token,) = draw([0.0] * size, [sequence_of(seed=0, **params)])
     assert token == (size if not params else round(0.9 * size)) - 1
@@ -278,3 +281,57 @@ def test_given_tokens_get_their_logprobs() -> None:
     assert [entry.logprob for entry in found] == [logprobs[0, 4].item(), logprobs[1, 4].item()]
     assert found[0].top == []
     assert [token for token, _ in found[1].top] == [5, 1]
+
+
+def test_tokens_are_chosen_first_and_read_later() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(len(KINDS), 50) * 2
+    sequences = [sequence_of(**kind) for kind in KINDS]
+    batch = SamplingBatch.of(sequences, 50)
+    tokens = choose_tokens(logits.clone(), batch)
+    assert (tokens.dtype, tokens.shape) == (torch.int64, (len(KINDS),))
+    expected = sample(logits.clone(), sequences)
+    assert tokens.tolist() == [token.token_id for token in expected]
+    assert sample_batch(logits.clone(), batch).to_host().read() == expected
+
+
+def test_a_batch_of_greedy_rows_has_nothing_but_its_size() -> None:
+    batch = SamplingBatch.of([sequence_of(temperature=0.0, seed=3, top_p=0.5)] * 3, 50)
+    assert (batch.num_rows, batch.arrays, len(batch.logprob_rows)) == (3, {}, 0)
+
+
+def test_a_pending_token_counts_as_sampled() -> None:
+    for params in ({"seed": 3}, {"temperature": 0.0, "min_tokens": 2}):
+        known, pending = sequence_of(outputs=[7, 7], **params), sequence_of(outputs=[7], **params)
+        pending.expect()
+        logits = torch.zeros(1, 1000)
+        logits[:, EOS] = 1.0
+        batches = [SamplingBatch.of([sequence], 1000) for sequence in (known, pending)]
+        assert batches[0].arrays == batches[1].arrays
+        assert len({choose_tokens(logits.clone(), batch).item() for batch in batches}) == 1
+
+
+@pytest.fixture
+def sums_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device whose sums of rows depend on what lies beside them."""
+    monkeypatch.setattr("loraplex.server.sampler._sums_in_order", lambda _: False)
+
+
+@pytest.mark.usefixtures("sums_in_any_order")
+@pytest.mark.parametrize("params", FILTERS, ids=str)
+def test_sums_in_whole_numbers_give_the_same_shares(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = expected_shares(LOGITS, **params)
+    found = draw_evenly(LOGITS, monkeypatch, **params)
+    np.testing.assert_allclose(found, expected, atol=1.01 / 2000)
+    assert not found[expected == 0].any()
+
+
+@pytest.mark.usefixtures("sums_in_any_order")
+def test_sums_in_whole_numbers_survive_the_same_edges() -> None:
+    for params in ({}, {"top_p": 0.9}, {"min_p": 1.0}):
+        (token,) = draw([float("-inf")] * 4, [sequence_of(seed=0, **params)])
+        assert 0 <= token < 4
+        assert draw([float("-inf"), 300.0, -300.0], [sequence_of(seed=0, temperature=1e-30, **params)]) == [1]
+    logits = torch.randn(3, 1001, generator=torch.Generator().manual_seed(0)) * 8
+    torch.testing.assert_close(log_probabilities(logits), logits.double().log_softmax(-1).float(), atol=2e-6, rtol=1e-6)
+    assert log_probabilities(torch.tensor([[0.0, float("-inf")]])).tolist() == [[0.0, float("-inf")]]

@@ -1,12 +1,12 @@
 """The scheduler in a simulated engine: what is computed for a token is a hash of all that it depends on, pages hold it,
-and the next token is drawn from it."""
+and the next token is drawn from it. Work on the pages is done in order, and as late as can be."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.kv_cache import KvCache
@@ -21,7 +21,7 @@ from loraplex.server.messages import (
     TokenLogprob,
     TokenOutput,
 )
-from loraplex.server.request import choice_seed, invocation_start
+from loraplex.server.request import NEVER, SequenceState, choice_seed, invocation_start
 from loraplex.server.scheduler import Chunk, SampledToken, Scheduler, SchedulerConfig, StepPlan
 
 PAGE_TOKENS = 4
@@ -125,29 +125,128 @@ class LateDirectory:
             del self.status[ref]
 
 
+Results = tuple[dict[int, SampledToken], dict[int, list[TokenLogprob]], dict[int, list[RouterChoice]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A chunk as the device is told of it at its launch; the token that it awaits is missing."""
+
+    chunk: Chunk
+    tokens: list[int]
+    pages: list[int]
+    adapter_pages: dict[str, list[int]]
+
+
+@dataclass
+class Launched:
+    """A step that waits to be done. ``given_up`` are sequences preempted since."""
+
+    plan: StepPlan
+    rows: list[Row]
+    given_up: set[int] = field(default_factory=set)
+
+
+class Device:
+    """Pages with content, a queue of work on them, and the last token that was sampled for each sequence."""
+
+    def __init__(self, directory: LateDirectory) -> None:
+        self.directory = directory
+        self.content: dict[int, list[object]] = {}
+        self.queue: list[Launched | list[int]] = []
+        self.sampled: dict[int, tuple[int, int]] = {}
+
+    def poison(self, pages: list[int]) -> None:
+        self.queue.append(list(pages))
+
+    def run_until(self, launched: Launched) -> Results:
+        while True:
+            work = self.queue.pop(0)
+            if work is launched:
+                return self._run(launched)
+            assert isinstance(work, list), "steps are taken out of their order"
+            for page in work:
+                self.content[page] = [float("nan")] * PAGE_TOKENS
+
+    def give_up_steps(self) -> None:
+        self.queue = [work for work in self.queue if isinstance(work, list)]
+
+    def _run(self, launched: Launched) -> Results:
+        for page_in in launched.plan.page_ins:
+            assert self.directory.holds[page_in.ref], "the image may be gone"
+            for at, page in enumerate(page_in.pages):
+                self.content[page] = [(page_in.identity, at)]
+        states = [self._states(row) for row in launched.rows]
+        for row, found in zip(launched.rows, states, strict=True):
+            for position in range(row.chunk.start, row.chunk.stop):
+                self.content[row.pages[position // PAGE_TOKENS]][position % PAGE_TOKENS] = found[position]
+        for row, found in zip(launched.rows, states, strict=True):
+            self._check_what_is_read(row, found)
+        results: Results = ({}, {}, {})
+        for row, found in zip(launched.rows, states, strict=True):
+            chunk, seq_id = row.chunk, row.chunk.sequence.seq_id
+            if chunk.samples:
+                token = next_token(found[-1], chunk.sequence.seed)
+                self.sampled[seq_id] = chunk.stop, token
+                results[0][seq_id] = SampledToken(token)
+            if chunk.wants_prompt_logprobs:
+                results[1][seq_id] = _prompt_logprobs(chunk)
+            if chunk.wants_routing:
+                results[2][seq_id] = _routes(chunk)
+        return results
+
+    def _states(self, row: Row) -> list[bytes]:
+        chunk, tokens = row.chunk, list(row.tokens)
+        if chunk.awaits_token:
+            position, token = self.sampled[chunk.sequence.seq_id]
+            assert position == chunk.start == chunk.stop - 1 == len(tokens)
+            tokens.append(token)
+        assert len(tokens) == chunk.stop
+        return computed(tokens, chunk.adapters, chunk.adapter_start)
+
+    def _check_what_is_read(self, row: Row, states: list[bytes]) -> None:
+        for position, state in enumerate(states):
+            assert self.content[row.pages[position // PAGE_TOKENS]][position % PAGE_TOKENS] == state
+        for identity, pages in row.adapter_pages.items():
+            for at, page in enumerate(pages):
+                assert self.content[page] == [(identity, at)]
+
+
 class Engine:
-    """A scheduler, a pool whose pages have content, and a runner that checks all it reads."""
+    """A scheduler, a pool whose pages have content, and a device that checks all it reads.
+
+    Args:
+        num_pages: of the pool.
+        adapters: by name.
+        config: limits.
+        ahead: whether ``step`` plans the next step before the last one is done.
+    """
 
     def __init__(
-        self, num_pages: int, adapters: Mapping[str, Adapter] = ADAPTERS, config: SchedulerConfig = CONFIG
+        self,
+        num_pages: int,
+        adapters: Mapping[str, Adapter] = ADAPTERS,
+        config: SchedulerConfig = CONFIG,
+        *,
+        ahead: bool = False,
     ) -> None:
         self.config = config
+        self.ahead = ahead
         self.now = 0.0
-        self.pool = PagePool(num_pages, on_release=self._poison)
-        self.content: dict[int, list[object]] = {}
+        self.directory = LateDirectory(adapters)
+        self.device = Device(self.directory)
+        self.pool = PagePool(num_pages, on_release=self.device.poison)
         self.kv = KvCache(self.pool, PAGE_TOKENS)
         self.adapters = AdapterCache(self.pool)
-        self.directory = LateDirectory(adapters)
         self.scheduler = Scheduler(config, self.pool, self.kv, self.adapters, self.directory, clock=lambda: self.now)
-        self._poison(list(range(num_pages)))
+        self.device.poison(list(range(num_pages)))
+        self.in_flight: list[Launched] = []
+        self.may_plan = True
+        self.counts: Counter[str] = Counter()
         self.accepted: dict[str, Generate] = {}
         self.aborted: set[tuple[str, int]] = set()
         self.outputs: dict[tuple[str, int], list[TokenOutput]] = {}
         self.failures: dict[str, RequestFailed] = {}
-
-    def _poison(self, pages: list[int]) -> None:
-        for page in pages:
-            self.content[page] = [float("nan")] * PAGE_TOKENS
 
     def add(self, generate: Generate) -> bool:
         try:
@@ -179,18 +278,60 @@ class Engine:
             assert open_before, "a failure of a request that had ended"
             self.failures[message.request_id] = message
 
+    @property
+    def can_plan(self) -> bool:
+        """Whether a step may be planned before any is completed."""
+        return not self.in_flight or (
+            self.ahead and self.may_plan and len(self.in_flight) == 1 and not self.in_flight[0].plan.needs_completion
+        )
+
     def plan(self) -> StepPlan:
+        assert self.can_plan
         self.now += 0.1
         plan = self.scheduler.schedule()
         self.note_failures(plan.failed)
-        assert plan.chunks or not self.scheduler.num_running
-        assert plan.chunks or not self.scheduler.has_work or self.scheduler.waiting_adapters
+        if not self.in_flight:
+            assert plan.chunks or not self.scheduler.num_running
+            assert plan.chunks or not self.scheduler.has_work or self.scheduler.waiting_adapters
+        for launched in self.in_flight:
+            launched.given_up |= {
+                row.chunk.sequence.seq_id for row in launched.rows if row.chunk.sequence.state is SequenceState.WAITING
+            }
+            self.counts["preempted in flight"] += len(launched.given_up)
+            self.counts["ahead"] += bool(plan.chunks)
+            self.may_plan = False
+        if plan.chunks:
+            launched = Launched(plan, [self._row(chunk) for chunk in plan.chunks])
+            self.in_flight.append(launched)
+            self.device.queue.append(launched)
         assert plan.num_tokens <= self.config.max_batch_tokens
         assert all(0 < chunk.stop - chunk.start <= self.config.prefill_chunk for chunk in plan.chunks)
         return plan
 
+    def _row(self, chunk: Chunk) -> Row:
+        sequence = chunk.sequence
+        if chunk.samples:
+            assert chunk.stop < sequence.request.max_total_tokens, "a token too many"
+            assert not (sequence.needs_history and sequence.num_pending), "sampled without its history"
+        assert chunk.awaits_token == (chunk.stop > len(sequence.prompt_ids) + len(sequence.output_ids))
+        return Row(
+            chunk,
+            sequence.token_slice(0, chunk.stop),
+            list(self.kv.pages(sequence.seq_id)),
+            {identity: list(self.adapters.pages(identity)) for identity, _ in chunk.adapters},
+        )
+
     def finish(self, plan: StepPlan) -> None:
-        results, prompt_logprobs, routing = self._run(plan)
+        if not plan.chunks:
+            assert self.scheduler.complete(plan, {}) == []
+            return
+        launched = self.in_flight.pop(0)
+        assert launched.plan is plan
+        self.may_plan = True
+        results, prompt_logprobs, routing = self.device.run_until(launched)
+        self.counts["wasted"] += sum(
+            chunk.samples and chunk.sequence.state is SequenceState.FINISHED for chunk in plan.chunks
+        )
         for output in self.scheduler.complete(plan, results, prompt_logprobs, routing):
             key = output.request_id, output.index
             assert not self.has_ended(*key), "an output of a choice that had ended"
@@ -198,51 +339,44 @@ class Engine:
         self.scheduler.check_integrity()
 
     def step(self) -> StepPlan:
+        """Plan a step. It is finished, or the one before it where this engine runs ahead."""
+        while not self.can_plan:
+            self.finish_first()
+        before = list(self.in_flight)
         plan = self.plan()
-        self.finish(plan)
+        for launched in before:
+            self.finish(launched.plan)
+        if not self.ahead:
+            self.finish(plan)
         return plan
 
-    def _run(
-        self, plan: StepPlan
-    ) -> tuple[dict[int, SampledToken], dict[int, list[TokenLogprob]], dict[int, list[RouterChoice]]]:
-        for page_in in plan.page_ins:
-            assert self.directory.holds[page_in.ref], "the image may be gone"
-            for at, page in enumerate(page_in.pages):
-                self.content[page] = [(page_in.identity, at)]
-        states = {
-            chunk.sequence.seq_id: computed(
-                chunk.sequence.token_slice(0, chunk.stop), chunk.adapters, chunk.adapter_start
-            )
-            for chunk in plan.chunks
-        }
-        for chunk in plan.chunks:
-            pages = self.kv.pages(chunk.sequence.seq_id)
-            for position in range(chunk.start, chunk.stop):
-                state = states[chunk.sequence.seq_id][position]
-                self.content[pages[position // PAGE_TOKENS]][position % PAGE_TOKENS] = state
-        for chunk in plan.chunks:
-            self._check_what_is_read(chunk, states[chunk.sequence.seq_id])
-        results = {
-            c.sequence.seq_id: SampledToken(next_token(states[c.sequence.seq_id][-1], c.sequence.seed))
-            for c in plan.chunks
-            if c.samples
-        }
-        logprobs = {c.sequence.seq_id: _prompt_logprobs(c) for c in plan.chunks if c.wants_prompt_logprobs}
-        return results, logprobs, {c.sequence.seq_id: _routes(c) for c in plan.chunks if c.wants_routing}
+    def finish_first(self) -> None:
+        self.finish(self.in_flight[0].plan)
 
-    def _check_what_is_read(self, chunk: Chunk, states: list[bytes]) -> None:
-        pages = self.kv.pages(chunk.sequence.seq_id)
-        for position, state in enumerate(states):
-            assert self.content[pages[position // PAGE_TOKENS]][position % PAGE_TOKENS] == state
-        for identity, _ in chunk.adapters:
-            for at, page in enumerate(self.adapters.pages(identity)):
-                assert self.content[page] == [(identity, at)]
+    def fail_steps(self, error: LoraplexError) -> None:
+        """The steps in flight come to nothing."""
+        self.device.give_up_steps()
+        self.in_flight.clear()
+        self.may_plan = True
+        self.note_failures(self.scheduler.fail_all(error))
+
+    def check_in_flight(self) -> None:
+        """What steps in flight use is kept, unless a sequence was preempted: its pages go to later steps."""
+        for launched in self.in_flight:
+            for row in launched.rows:
+                sequence = row.chunk.sequence
+                if sequence.seq_id in launched.given_up:
+                    continue
+                assert len(self.kv.pages(sequence.seq_id)) >= len(row.pages)
+                assert set(row.adapter_pages) <= set(sequence.pinned)
+                assert all(self.adapters.pages(name) == pages for name, pages in row.adapter_pages.items())
+                assert all(self.directory.holds[ref] for ref in sequence.request.weights)
 
     def drain(self, limit: int = 5000) -> None:
         for _ in range(limit):
             for ref in self.directory.loading:
                 self.directory.finish(ref)
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self.in_flight:
                 break
             self.step()
         assert not self.scheduler.has_work, "no progress"
@@ -307,7 +441,7 @@ class Engine:
         adapters, start = self.acting(generate)
         refs = [generate.adapter] if generate.adapter else [part.adapter for part in generate.mix]
         sizes = {self.directory.identity(ref): self.directory.adapters[ref.name].pages for ref in refs}
-        beside = self.pool.num_pages - sum(sizes.values())
+        beside = self.pool.num_pages - (0 if start == NEVER else sum(sizes.values()))
         limit = min(self.config.max_model_len, beside * PAGE_TOKENS + 1, len(generate.prompt_ids) + params.max_tokens)
         assert params.seed is not None
         seed = choice_seed(params.seed, index)

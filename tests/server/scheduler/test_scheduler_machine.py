@@ -29,6 +29,8 @@ VOCABULARY = 11
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests, aborts, late and failing loads and failing steps in any order, over a pool that is far too small."""
 
+    ahead = False
+
     def __init__(self, simulator: Any) -> None:
         super().__init__()
         self.simulator = simulator
@@ -37,7 +39,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(num_pages=st.integers(4, 24), prefix_caching=st.sampled_from([True, True, True, False]))
     def start(self, num_pages: int, prefix_caching: bool) -> None:
         config = replace(self.simulator.CONFIG, prefix_caching=prefix_caching)
-        self.engine = self.simulator.Engine(num_pages, config=config)
+        self.engine = self.simulator.Engine(num_pages, config=config, ahead=self.ahead)
         self.count = 0
 
     @rule(
@@ -78,7 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             min_tokens=min_tokens,
             ignore_eos=ignore_eos,
             prompt_logprobs=prompt_logprobs,
-            frequency_penalty=0.1 * (self.count % 2),
+            frequency_penalty=0.1 * (self.count % (4 if self.ahead else 2) == 1),
             seed=self.count % 4,
         )
         self.engine.add(
@@ -105,14 +107,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         name, index = data.draw(st.sampled_from(self.engine.open_choices))
         self.engine.abort(name, None if whole else index)
 
-    @precondition(lambda self: self.engine.open_choices)
+    @precondition(lambda self: self.engine.open_choices and self.engine.can_plan)
     @rule(data=st.data(), whole=st.booleans())
     def abort_during_a_step(self, data: st.DataObject, whole: bool) -> None:
-        plan = self.engine.plan()
+        self.engine.plan()
         if self.engine.open_choices:
             self.abort(data, whole)
         self.engine.scheduler.check_integrity()
-        self.engine.finish(plan)
+        while self.engine.in_flight:
+            self.engine.finish_first()
 
     @precondition(lambda self: self.engine.accepted)
     @rule(data=st.data())
@@ -152,8 +155,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.count % 5 == 4)
     @rule(distrust=st.booleans())
     def fail_a_step(self, distrust: bool) -> None:
-        self.engine.plan()
-        self.engine.note_failures(self.engine.scheduler.fail_all(EngineError("the step failed")))
+        if self.engine.can_plan:
+            self.engine.plan()
+        self.engine.fail_steps(EngineError("the step failed"))
         assert not self.engine.scheduler.has_work
         assert self.engine.open_choices == []
         if distrust:
@@ -163,6 +167,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def owners_agree(self) -> None:
         if self.engine is not None:
             self.engine.scheduler.check_integrity()
+            self.engine.check_in_flight()
             assert self.engine.scheduler.has_work == bool(self.engine.open_choices)
             assert len(self.engine.scheduler.waiting_adapters) <= self.simulator.CONFIG.max_loading + 2
 
@@ -175,6 +180,29 @@ class SchedulerMachine(RuleBasedStateMachine):
 def test_whatever_happens_every_request_ends_as_if_it_were_alone(simulator: Any) -> None:
     run_state_machine_as_test(
         lambda: SchedulerMachine(simulator),
+        settings=settings(max_examples=120, stateful_step_count=40, deadline=None),
+    )
+
+
+class PipelineMachine(SchedulerMachine):
+    """The same, with a step planned before the last one is done: between any two calls, anything may happen."""
+
+    ahead = True
+
+    @precondition(lambda self: self.engine.can_plan)
+    @rule()
+    def plan_a_step(self) -> None:
+        self.engine.plan()
+
+    @precondition(lambda self: self.engine.in_flight)
+    @rule()
+    def finish_a_step(self) -> None:
+        self.engine.finish_first()
+
+
+def test_whatever_happens_while_steps_are_in_flight_every_request_ends_as_if_it_were_alone(simulator: Any) -> None:
+    run_state_machine_as_test(
+        lambda: PipelineMachine(simulator),
         settings=settings(max_examples=120, stateful_step_count=40, deadline=None),
     )
 

@@ -231,9 +231,15 @@ def test_a_failed_step_ends_all_requests_and_forgets_half_copied_adapters(make_r
     assert [page_in.identity for page_in in rig.scheduler.schedule().page_ins] == ["new"]
 
 
-def misuse_schedule_twice(rig: Any) -> None:
+def misuse_schedule_two_ahead(rig: Any) -> None:
     rig.scheduler.schedule()
     rig.scheduler.schedule()
+    rig.scheduler.schedule()
+
+
+def misuse_complete_out_of_turn(rig: Any) -> None:
+    rig.scheduler.schedule()
+    rig.complete(rig.scheduler.schedule())
 
 
 def misuse_complete_twice(rig: Any) -> None:
@@ -246,7 +252,9 @@ def misuse_add_twice(rig: Any) -> None:
     rig.add("r")
 
 
-@pytest.mark.parametrize("misuse", [misuse_schedule_twice, misuse_complete_twice, misuse_add_twice])
+@pytest.mark.parametrize(
+    "misuse", [misuse_schedule_two_ahead, misuse_complete_out_of_turn, misuse_complete_twice, misuse_add_twice]
+)
 def test_misuse_is_a_fault(make_rig: Make, misuse: Callable[[Any], None]) -> None:
     rig = make_rig()
     rig.add("r")
