@@ -1,21 +1,24 @@
-"""Where every resident adapter's rows lie, in device buffers of fixed size and address that kernels look up by unit.
+"""Where every resident adapter's rows lie, in device buffers that kernels look up by unit.
 
 A *unit* is an adapter's own pairs or those of one of its experts; an adapter has consecutive units, its own first. For
 each unit and layer ``record_of`` names a record, and a record says for each site where A, B and the gains begin.
-Entering and leaving adapters change what lies in the buffers and never the buffers, so a captured graph stays valid.
+Entering and leaving adapters change what lies in the buffers; only where one is full, or where a launch was made for
+lesser ranks, does ``AdapterTable.generation`` rise, and graphs captured before must be captured again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.kernels.lora_rows import ResidentAdapter, RouterLayoutLike, SiteLayoutLike
+from loraplex.kernels.lora_rows import ResidentAdapter, RouterLayoutLike, SiteGroup, SiteLayoutLike
 
 RANK, A_START, B_START, GAIN_START = range(4)
 FIELDS = 4
@@ -27,45 +30,51 @@ ROUTER_FIELDS = 2
 
 NO_RECORD = -1
 
+MIN_RANK = 16
+"""Of a group, so that few adapters of low rank do not make launches differ."""
+
 Int32Array = npt.NDArray[np.int32]
-
-
-class TableFull(RuntimeError):
-    """An adapter needs more units, records or page entries than are free in one run."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableCapacity:
-    """How much an ``AdapterTable`` holds: units, records (one per unit and distinct layer layout), page ids."""
+    """What a table has room for at first: units, records (one per unit and distinct layer layout), page ids."""
 
-    units: int
-    records: int
-    pages: int
+    units: int = 64
+    records: int = 256
+    pages: int = 4096
 
 
 class _Runs:
     """Hands out runs of consecutive indices, the first that is long enough."""
 
-    def __init__(self, name: str, size: int) -> None:
-        self._name = name
+    def __init__(self, size: int) -> None:
+        self.size = size
         self._free = [(0, size)]
 
-    def take(self, count: int) -> int:
+    def take(self, count: int) -> int | None:
+        """The start of a run; None where none is long enough."""
         for i, (start, length) in enumerate(self._free):
             if length >= count:
                 self._free[i : i + 1] = [(start + count, length - count)] if length > count else []
                 return start
-        free = sum(length for _, length in self._free)
-        raise TableFull(f"{self._name}: {count} in one run are needed, {free} are free; give the table more of them")
+        return None
 
     def give_back(self, start: int, count: int) -> None:
-        merged: list[tuple[int, int]] = []
-        for begin, length in sorted([*self._free, (start, count)]):
-            if merged and sum(merged[-1]) == begin:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((begin, length))
-        self._free = merged
+        at = bisect_left(self._free, (start, 0))
+        stop = at
+        if at and sum(self._free[at - 1]) == start:
+            at -= 1
+            start, count = self._free[at][0], self._free[at][1] + count
+        if stop < len(self._free) and self._free[stop][0] == start + count:
+            count += self._free[stop][1]
+            stop += 1
+        self._free[at:stop] = [(start, count)]
+
+    def grow(self, size: int) -> None:
+        """Add what lies between the old size and the new one."""
+        old, self.size = self.size, size
+        self.give_back(old, size - old)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +85,40 @@ class _Place:
     records: tuple[int, int]
     pages: tuple[int, int]
 
+    def of(self, buffer: str) -> tuple[int, int]:
+        """Its run of a buffer."""
+        run: tuple[int, int] = getattr(self, _KIND[buffer])
+        return run
+
+
+_KIND = {
+    "pages": "pages",
+    "first_page": "units",
+    "record_of": "units",
+    "records": "records",
+    "scales": "records",
+    "routers": "records",
+}
+"""By what each buffer is indexed."""
+
 
 class AdapterTable:
     """Records of all resident adapters.
+
+    A buffer that is full is replaced by one of twice the size, so every set of adapters that the pool holds fits.
 
     Args:
         layer_groups: the sites of a layer, by groups that read the same input, in image order.
         model_groups: the sites that belong to no layer, likewise.
         num_layers: of the model.
         page_chunks: chunks of a page in one layer.
-        capacity: sizes of the buffers.
         device: where the kernels read them.
+        capacity: first sizes of the buffers.
 
     Attributes:
+        generation: rises with whatever a captured launch holds and is no longer so: the address of a buffer, the
+            largest rank of a group, whether it is adapted at all, whether there are gains. Units keep their numbers.
+        has_gains: whether any adapter that was ever entered has gains.
         pages: [capacity.pages] int32, page lists.
         first_page: [capacity.units] int32, where a unit's page list begins in ``pages``.
         record_of: [capacity.units, num_layers + 1] int32; the last column is for model sites; -1 where there is none.
@@ -98,46 +128,42 @@ class AdapterTable:
             network's.
     """
 
+    pages: torch.Tensor
+    first_page: torch.Tensor
+    record_of: torch.Tensor
+    records: torch.Tensor
+    scales: torch.Tensor
+    routers: torch.Tensor
+
     def __init__(
         self,
-        layer_groups: Sequence[Sequence[str]],
-        model_groups: Sequence[Sequence[str]],
+        layer_groups: Sequence[SiteGroup],
+        model_groups: Sequence[SiteGroup],
         *,
         num_layers: int,
         page_chunks: int,
-        capacity: TableCapacity,
         device: torch.device,
+        capacity: TableCapacity = TableCapacity(),
     ) -> None:
         self.page_chunks = page_chunks
         self.num_layers = num_layers
-        self._groups = (layer_groups, model_groups)
-        self.layer_sites = [site for group in layer_groups for site in group]
-        self.model_sites = [site for group in model_groups for site in group]
+        self.layer_groups = tuple(layer_groups)
+        self.model_groups = tuple(model_groups)
+        self.layer_sites = [site for group in layer_groups for site in group.sites]
+        self.model_sites = [site for group in model_groups for site in group.sites]
         self.num_sites = max(len(self.layer_sites), len(self.model_sites))
-        shapes: dict[str, tuple[int, ...]] = {
-            "pages": (capacity.pages,),
-            "first_page": (capacity.units,),
-            "record_of": (capacity.units, num_layers + 1),
-            "records": (capacity.records, self.num_sites, FIELDS),
-            "routers": (capacity.records, self.num_sites + 1, ROUTER_FIELDS),
-        }
-        self._host: dict[str, torch.Tensor] = {
-            name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()
-        }
-        self._host["scales"] = torch.zeros((capacity.records, self.num_sites), dtype=torch.float32)
-        self._host["record_of"].fill_(NO_RECORD)
-        device_side = {name: host.to(device, copy=True) for name, host in self._host.items()}
-        self._device_side = device_side
-        self.pages = device_side["pages"]
-        self.first_page = device_side["first_page"]
-        self.record_of = device_side["record_of"]
-        self.records = device_side["records"]
-        self.scales = device_side["scales"]
-        self.routers = device_side["routers"]
-        self._units = _Runs("units", capacity.units)
-        self._records = _Runs("records", capacity.records)
-        self._pages = _Runs("pages", capacity.pages)
+        self.generation = 0
+        self.has_gains = False
+        self._device = device
+        self._runs = {kind: _Runs(getattr(capacity, kind)) for kind in ("units", "records", "pages")}
+        self._host: dict[str, torch.Tensor] = {}
+        for buffer, kind in _KIND.items():
+            self._replace(buffer, self._runs[kind].size)
         self._places: dict[int, _Place] = {}
+        self._ranks: dict[tuple[bool, int, int], int] = {}
+        for layer, groups in ((0, self.layer_groups), (None, self.model_groups)):
+            for group in groups:
+                self.adapts(group.sites, layer)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -152,37 +178,54 @@ class AdapterTable:
         """Enter an adapter and return its first unit.
 
         Raises:
-            TableFull: where a buffer has too few left in one run; nothing has changed then.
-            ValueError: where the A matrices of a group do not follow one another.
+            ValueError: where the A matrices of a group do not follow one another; nothing has changed then.
         """
         layout = adapter.layout
         num_units = 1 + max(len(mixture.experts) for mixture in layout.mixtures)
         num_records = num_units * len(layout.layouts) + 1
         self._check_groups(adapter)
-        place = self._take(num_units, num_records, len(adapter.pages))
+        place = _Place(
+            (self._take("units", num_units), num_units),
+            (self._take("records", num_records), num_records),
+            (self._take("pages", len(adapter.pages)), len(adapter.pages)),
+        )
         self._places[id(adapter)] = place
         self._fill(adapter, place)
-        self._send(place)
+        self._note(place)
+        self._send(place, _KIND)
         return place.units[0]
 
     def remove(self, adapter: ResidentAdapter) -> None:
         """Forget an adapter; steps that name its units must be over."""
         place = self._places.pop(id(adapter))
         self._host["record_of"][slice(place.units[0], sum(place.units))] = NO_RECORD
-        self._send(place)
-        self._give_back(place)
+        self._send(place, ("record_of",))
+        for kind, runs in self._runs.items():
+            runs.give_back(*getattr(place, kind))
 
-    def ranks(self, units: npt.NDArray[np.int64], layer: int | None, first_site: int, num_sites: int) -> Int32Array:
+    def group_rank(self, sites: Sequence[str], layer: int | None) -> int:
+        """A power of two from 16 that no unit's sum of ranks at these sites was ever above; ``layer`` None: of model
+        sites. The same for all layers, so that launches are alike."""
+        key = (layer is None, self.first_site(sites, layer), len(sites))
+        return max(self._most_rank(key), MIN_RANK)
+
+    def adapts(self, sites: Sequence[str], layer: int | None) -> bool:
+        """Whether any unit that was ever entered has any of these sites; ``layer`` None: of model sites."""
+        return self._most_rank((layer is None, self.first_site(sites, layer), len(sites))) > 0
+
+    def ranks(
+        self, units: npt.NDArray[np.integer[Any]], layer: int | None, first_site: int, num_sites: int
+    ) -> Int32Array:
         """[n, num_sites] ranks of units at consecutive sites, 0 where a site is absent; ``layer`` None: model sites."""
         return self._fields(units, layer, first_site, num_sites, RANK)
 
-    def has_gains(self, units: npt.NDArray[np.int64], layer: int | None, first_site: int, num_sites: int) -> bool:
+    def gains_at(self, units: npt.NDArray[np.integer[Any]], layer: int | None, first_site: int, num_sites: int) -> bool:
         """Whether any of these units has gains at any of these sites."""
         # An image begins with a row of A, so no gains begin at 0, which stands where a site is absent.
         return bool((self._fields(units, layer, first_site, num_sites, GAIN_START) > 0).any())
 
     def _fields(
-        self, units: npt.NDArray[np.int64], layer: int | None, first_site: int, num_sites: int, field: int
+        self, units: npt.NDArray[np.integer[Any]], layer: int | None, first_site: int, num_sites: int, field: int
     ) -> Int32Array:
         column = self.num_layers if layer is None else layer
         found: Int32Array = self._host["record_of"].numpy()[units, column]
@@ -197,29 +240,75 @@ class AdapterTable:
             raise ValueError(f"sites: {list(sites)} do not follow one another in {known}")
         return first
 
-    def _take(self, num_units: int, num_records: int, num_pages: int) -> _Place:
-        wanted = ((self._units, num_units), (self._records, num_records), (self._pages, num_pages))
-        taken: list[tuple[int, int]] = []
-        for runs, count in wanted:
-            try:
-                taken.append((runs.take(count), count))
-            except TableFull:
-                for (before, _), run in zip(wanted, taken):
-                    before.give_back(*run)
-                raise
-        return _Place(*taken)
+    def _take(self, kind: str, count: int) -> int:
+        runs = self._runs[kind]
+        start = runs.take(count)
+        if start is None:
+            size = runs.size
+            while size < runs.size + count:
+                size *= 2
+            runs.grow(size)
+            for buffer in (buffer for buffer, its_kind in _KIND.items() if its_kind == kind):
+                self._replace(buffer, size)
+            self.generation += 1
+            start = runs.take(count)
+            assert start is not None
+        return start
 
-    def _give_back(self, place: _Place) -> None:
-        self._units.give_back(*place.units)
-        self._records.give_back(*place.records)
-        self._pages.give_back(*place.pages)
+    def _replace(self, buffer: str, size: int) -> None:
+        """Give a buffer another size, with the content that it has."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "record_of": (self.num_layers + 1,),
+            "records": (self.num_sites, FIELDS),
+            "scales": (self.num_sites,),
+            "routers": (self.num_sites + 1, ROUTER_FIELDS),
+        }
+        shape = (size, *shapes.get(buffer, ()))
+        dtype = torch.float32 if buffer == "scales" else torch.int32
+        host = torch.full(shape, NO_RECORD if buffer == "record_of" else 0, dtype=dtype)
+        if buffer in self._host:
+            host[: len(self._host[buffer])] = self._host[buffer]
+        self._host[buffer] = host
+        setattr(self, buffer, torch.empty(shape, dtype=dtype, device=self._device))
+        self._copy(buffer, slice(None))
+
+    def _note(self, place: _Place) -> None:
+        """Keep the facts that launches go by: the largest ranks, and whether there are gains."""
+        for key in self._ranks:
+            self._raise_rank(key, place)
+        start, count = place.records
+        has_gains = bool((self._host["records"][start : start + count, :, GAIN_START] > 0).any())
+        if has_gains and not self.has_gains:
+            self.has_gains = True
+            self.generation += 1
+
+    def _most_rank(self, key: tuple[bool, int, int]) -> int:
+        if key not in self._ranks:
+            self._ranks[key] = 0
+            generation = self.generation
+            for place in self._places.values():
+                self._raise_rank(key, place)
+            self.generation = generation  # nobody was told less before
+        return self._ranks[key]
+
+    def _raise_rank(self, key: tuple[bool, int, int], place: _Place) -> None:
+        of_model, first, count = key
+        start, num_records = place.records
+        # An adapter's last record is that of its model sites.
+        last = start + num_records - 1
+        here = slice(last, last + 1) if of_model else slice(start, last)
+        ranks = self._host["records"].numpy()[here, first : first + count, RANK].sum(axis=1)
+        most = int(ranks.max(initial=0))
+        if most > self._ranks[key]:
+            self._ranks[key] = max(1 << (most - 1).bit_length(), MIN_RANK)
+            self.generation += 1
 
     def _check_groups(self, adapter: ResidentAdapter) -> None:
         layout = adapter.layout
         experts = [expert for mixture in layout.mixtures for expert in mixture.experts]
         for sites in (*layout.layouts, *experts):
-            for group in self._groups[0]:
-                _check_group([sites[site] for site in group if site in sites], group)
+            for group in self.layer_groups:
+                _check_group([sites[site] for site in group.sites if site in sites], group.sites)
 
     def _fill(self, adapter: ResidentAdapter, place: _Place) -> None:
         layout, host = adapter.layout, self._host
@@ -258,18 +347,15 @@ class AdapterTable:
             index = self.layer_sites.index(site) if site in self.layer_sites else self.num_sites
             fields[index] = (at.num_experts, at.start)
 
-    def _send(self, place: _Place) -> None:
-        runs = {
-            "pages": place.pages,
-            "first_page": place.units,
-            "record_of": place.units,
-            "records": place.records,
-            "scales": place.records,
-            "routers": place.records,
-        }
-        for name, (start, count) in runs.items():
-            here = slice(start, start + count)
-            self._device_side[name][here].copy_(self._host[name][here])
+    def _send(self, place: _Place, buffers: Iterable[str]) -> None:
+        for buffer in buffers:
+            start, count = place.of(buffer)
+            self._copy(buffer, slice(start, start + count))
+
+    def _copy(self, buffer: str, here: slice) -> None:
+        """Copy to the device in the order of its stream, without waiting: from pinned memory that lives until then."""
+        source, to = self._host[buffer][here], getattr(self, buffer)[here]
+        to.copy_(source.pin_memory() if to.is_cuda else source, non_blocking=True)
 
 
 def _check_group(present: Sequence[SiteLayoutLike], group: Sequence[str]) -> None:

@@ -1,37 +1,46 @@
-"""The low-rank work of a step as tiles, in arrays that kernels read: how many thread blocks there are, and what each
-of them does.
+"""The low-rank work of a step as entries and tiles: lists on the host, and the same in tensors of fixed capacity.
 
-Entries (see ``lora_work.py``) are sorted by unit and cut into tiles of at most ``block_rows`` entries of one unit. At a
-group of sites a tile is as many blocks as it has rank rows to shrink to and output columns to expand to, so the blocks
-of a launch are those of the work present: rows without an adapter have no tile, a unit without a site has no block
-there, and a rank of 8 beside one of 128 has an eighth of the rows.
+An *entry* is a row, a unit (see ``adapter_table.py``) and a weight. Entries are sorted by unit and cut into *tiles* of
+at most ``block_rows`` entries of one unit. At a group of sites a tile is as many blocks as it has rank rows to shrink
+to and output columns to expand to, so the blocks of a launch are those of the work present: rows without an adapter
+have no tile, a unit without a site has no block there, and a rank of 8 beside one of 128 has an eighth of the rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.kernels.adapter_table import AdapterTable
-from loraplex.kernels.lora_rows import CHUNK, Int64Array, SiteGroup
-
-SHRINK_RANKS = 16
-"""Rank rows of a block of shrink."""
-
-EXPAND_COLUMNS = CHUNK
-"""Output columns of a block of expand."""
+from loraplex.kernels.lora_rows import CHUNK, Int64Array
 
 SPLIT_CHUNKS = 4
 """Chunks of the input that shrink sums at a time. Fixed, as it decides the order of a row's sum."""
 
-ROW_BLOCKS = (16, 64, 128)
+ROW_BLOCKS = (16, 64, 256)
 """Entries of a tile. They are the columns of a matrix product, so none of them changes the order of a row's sum."""
 
-_ENOUGH_BLOCKS = 512
-"""A launch of this many blocks fills a GPU without splitting the input."""
+PADDING: Mapping[str, int] = MappingProxyType(
+    {
+        "x_rows": 0,
+        "y_rows": 0,
+        "slots": 0,
+        "weights": 0,
+        "tile_units": 0,
+        "tile_firsts": 0,
+        "tile_counts": 0,
+        "sum_rows": -1,
+        "slot_units": -1,
+    }
+)
+"""What stands behind the content of each array up to its capacity; ``sum_starts`` repeats its last value."""
+
+Int32Array = npt.NDArray[np.int32]
 
 
 def split_count(in_features: int) -> int:
@@ -40,38 +49,129 @@ def split_count(in_features: int) -> int:
 
 
 def choose_block_rows(longest: int) -> int:
-    """The smallest tile that holds a unit's entries, so that its matrices are read once; at most 64 beyond 128.
+    """The smallest tile, or the largest, if it holds a unit's entries, so that its matrices are read once; else 64.
 
     Above the largest tile the matrices are read again in any case, and smaller tiles make more blocks.
     """
-    return next((rows for rows in ROW_BLOCKS if longest <= rows), ROW_BLOCKS[1])
+    small, medium, large = ROW_BLOCKS
+    return small if longest <= small else large if longest <= large else medium
 
 
 @dataclass(frozen=True, slots=True)
-class StepRows:
-    """What the entries of a step are, sorted by unit, on the device.
+class EntryLists:
+    """The entries of a step, sorted by unit, and their tiles; on the host and without padding.
 
     Attributes:
+        order: [n] int64, the entries given, as they came to stand.
         x_rows: [n] int32, the row of the input that each reads.
         y_rows: [n] int32, the row of the output that each adds to.
-        slots: [n] int32, each one's place among the deltas, which lie row by row in the order given.
+        slots: [n] int32, each one's place in the order of rows; those of one row are in the order given.
         weights: [n] float32.
+        tile_units, tile_firsts, tile_counts: [t] int32 unit, first entry and number of entries of each tile.
+        block_rows: entries of a tile at most.
+        sum_rows: [m] int32, distinct rows; None, with the two below, where no row has two entries.
+        sum_starts: [m + 1] int32, each row's first slot.
+        slot_units: [n] int32, the unit of each slot.
     """
 
-    x_rows: torch.Tensor
-    y_rows: torch.Tensor
-    slots: torch.Tensor
-    weights: torch.Tensor
+    order: Int64Array
+    x_rows: Int32Array
+    y_rows: Int32Array
+    slots: Int32Array
+    weights: npt.NDArray[np.float32]
+    tile_units: Int32Array
+    tile_firsts: Int32Array
+    tile_counts: Int32Array
+    block_rows: int
+    sum_rows: Int32Array | None = None
+    sum_starts: Int32Array | None = None
+    slot_units: Int32Array | None = None
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What kernels read, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("order", "block_rows")}
+        return {name: array for name, array in named.items() if array is not None}
+
+
+def list_entries(
+    units: Int64Array,
+    y_rows: Int64Array,
+    *,
+    x_rows: Int64Array | None = None,
+    weights: npt.NDArray[np.float32] | None = None,
+    block_rows: int | None = None,
+) -> EntryLists:
+    """Sort entries by unit and cut them into tiles.
+
+    Args:
+        units: [n] unit of each entry, in any order.
+        y_rows: [n] row that each adds to. The entries of one row are added in the order given.
+        x_rows: [n] row that each reads; those of ``y_rows`` by default.
+        weights: [n]; 1 by default.
+        block_rows: entries of a tile at most; by default as ``choose_block_rows`` says.
+    """
+    order = np.argsort(units, kind="stable")
+    rows = y_rows[order].astype(np.int32)
+    slots, sums = _slots(units, y_rows, order)
+    return EntryLists(
+        order,
+        rows if x_rows is None else x_rows[order].astype(np.int32),
+        rows,
+        slots,
+        np.ones(len(units), dtype=np.float32) if weights is None else weights[order].astype(np.float32),
+        *_cut(units[order], block_rows),
+        *sums,
+    )
+
+
+def _slots(
+    units: Int64Array, y_rows: Int64Array, order: Int64Array
+) -> tuple[Int32Array, tuple[Int32Array | None, ...]]:
+    """Slots of the entries in ``order``; and rows, first slots and units, where a row has two entries."""
+    if (y_rows[1:] > y_rows[:-1]).all():
+        return order.astype(np.int32), (None, None, None)
+    by_row = np.argsort(y_rows, kind="stable")
+    slots = np.empty(len(units), dtype=np.int32)
+    slots[by_row] = np.arange(len(units), dtype=np.int32)
+    sorted_rows = y_rows[by_row]
+    starts = _run_starts(sorted_rows)
+    if len(starts) == len(units):
+        return slots[order], (None, None, None)
+    ends = np.append(starts, len(units)).astype(np.int32)
+    return slots[order], (sorted_rows[starts].astype(np.int32), ends, units[by_row].astype(np.int32))
+
+
+def _cut(units: Int64Array, block_rows: int | None) -> tuple[Int32Array, Int32Array, Int32Array, int]:
+    """Units, first entries and lengths of the tiles of sorted entries, and entries of a tile at most."""
+    firsts = _run_starts(units)
+    lengths = np.empty_like(firsts)
+    np.subtract(firsts[1:], firsts[:-1], out=lengths[:-1])
+    lengths[-1:] = len(units) - firsts[-1:]
+    longest = int(lengths.max(initial=1))
+    size = block_rows or choose_block_rows(longest)
+    if longest > size:
+        tiles = -(-lengths // size)
+        within = (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * size
+        lengths = np.minimum(np.repeat(lengths, tiles) - within, size)
+        firsts = np.repeat(firsts, tiles) + within
+    return units[firsts].astype(np.int32), firsts.astype(np.int32), lengths.astype(np.int32), size
+
+
+def _run_starts(values: Int64Array) -> Int64Array:
+    """Where each run of equal values begins."""
+    begins = np.ones(len(values), dtype=np.bool_)
+    np.not_equal(values[1:], values[:-1], out=begins[1:])
+    return begins.nonzero()[0]
 
 
 @dataclass(frozen=True, slots=True)
 class RowSums:
-    """Which deltas add up to which row, on the device.
+    """Which slots add up to which row, on the device.
 
     Attributes:
-        rows: [m] int32, distinct rows.
-        starts: [m + 1] int32, each row's first slot.
-        slot_units: [n] int32, the unit whose delta lies in a slot; -1 for none.
+        rows: [M] int32, distinct rows; -1 for none.
+        starts: [M + 1] int32, each row's first slot.
+        slot_units: [E] int32, the unit whose work lies in a slot; -1 for none.
     """
 
     rows: torch.Tensor
@@ -80,136 +180,83 @@ class RowSums:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """The blocks of the two launches at a group of sites.
+class DeviceEntries:
+    """Entries and tiles on the device, in int32 (weights in float32), padded to capacities as ``PADDING`` says.
+
+    A tile of no entries has no blocks, so what stands in place of missing entries is never read. Tiles of no entries
+    may stand between others.
 
     Attributes:
-        shrink_starts, expand_starts: [tiles + 1] int32, the first block of each tile.
-        low_starts: [tiles] int32, where each tile's low-rank rows begin, in elements of one partial sum.
-        low_size: elements of one partial sum.
-        shrink_blocks, expand_blocks: in all.
-        parts: partial sums that shrink leaves to expand: one per split, or 1 where it adds them itself.
-        has_gains: whether any unit has gains here.
+        x_rows, y_rows, slots, weights: [E], as of ``EntryLists``.
+        tile_units, tile_firsts, tile_counts: [T], where T is a power of two.
+        block_rows: entries of a tile at most.
+        sums: how slots add up; None where no row has two entries, which then add to the output at once.
     """
 
-    shrink_starts: torch.Tensor
-    expand_starts: torch.Tensor
-    low_starts: torch.Tensor
-    low_size: int
-    shrink_blocks: int
-    expand_blocks: int
-    parts: int
-    has_gains: bool
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceTiles:
-    """Entries that the device chose, and their tiles; attributes as of ``StepTiles``."""
-
-    rows: StepRows
-    sums: RowSums
-    block_rows: int
+    x_rows: torch.Tensor
+    y_rows: torch.Tensor
+    slots: torch.Tensor
+    weights: torch.Tensor
     tile_units: torch.Tensor
     tile_firsts: torch.Tensor
     tile_counts: torch.Tensor
+    block_rows: int
+    sums: RowSums | None = None
 
+    @classmethod
+    def of(cls, arrays: Mapping[str, torch.Tensor], block_rows: int) -> DeviceEntries:
+        """From tensors by the names of ``EntryLists.arrays``; rows are summed where "sum_rows" is among them."""
+        tiles = len(arrays["tile_units"])
+        if tiles & (tiles - 1) or not tiles:
+            raise ValueError(f"tile_units: {tiles} is not a power of two")
+        sums = None
+        if "sum_rows" in arrays:
+            sums = RowSums(arrays["sum_rows"], arrays["sum_starts"], arrays["slot_units"])
+        return cls(
+            arrays["x_rows"],
+            arrays["y_rows"],
+            arrays["slots"],
+            arrays["weights"],
+            arrays["tile_units"],
+            arrays["tile_firsts"],
+            arrays["tile_counts"],
+            block_rows,
+            sums,
+        )
 
-class StepTiles:
-    """The entries of one step and their tiles.
-
-    Args:
-        units: [n] unit of each entry (see ``AdapterTable``), in any order.
-        y_rows: [n] row that each adds to. The entries of one row are added in the order given.
-        x_rows: [n] row that each reads; those of ``y_rows`` by default.
-        weights: [n]; 1 by default.
-        block_rows: entries of a tile at most; by default as ``choose_block_rows`` says.
-        device: of the kernels.
-
-    Attributes:
-        order: [n] the entries given, as they came to stand.
-        rows: of the sorted entries.
-        sums: how deltas add up; None where no row has two entries, which then add to the output at once.
-        block_rows: entries of a tile at most.
-        tile_units, tile_firsts, tile_counts: [tiles] int32 unit, first entry and number of entries of each tile;
-            padded to a power of two with tiles of no entries.
-    """
-
-    def __init__(
-        self,
-        units: Int64Array,
-        y_rows: Int64Array,
+    @classmethod
+    def copy_of(
+        cls,
+        lists: EntryLists,
         device: torch.device,
         *,
-        x_rows: Int64Array | None = None,
-        weights: npt.NDArray[np.float32] | None = None,
-        block_rows: int | None = None,
-    ) -> None:
-        self._device = device
-        self.order = np.argsort(units, kind="stable")
-        by_row = np.argsort(y_rows, kind="stable")
-        slots = np.empty_like(by_row)
-        slots[by_row] = np.arange(len(by_row))
-        source = y_rows if x_rows is None else x_rows
-        factors = np.ones(len(units), dtype=np.float32) if weights is None else weights.astype(np.float32)
-        self.rows = StepRows(
-            self._send(source[self.order]),
-            self._send(y_rows[self.order]),
-            self._send(slots[self.order]),
-            torch.from_numpy(factors[self.order]).to(device),
-        )
-        self.sums = self._row_sums(y_rows[by_row], units[by_row])
-        self._cut(units[self.order], block_rows)
+        entries: int | None = None,
+        tiles: int | None = None,
+        rows: int | None = None,
+    ) -> DeviceEntries:
+        """A step's lists alone, in tensors of their own, at capacities that are just large enough by default."""
+        arrays = lists.arrays()
+        num_tiles = tiles or 1 << max(len(lists.tile_units) - 1, 0).bit_length()
+        num_entries = len(lists.order) if entries is None else entries
+        num_rows = rows or (0 if lists.sum_rows is None else len(lists.sum_rows))
+        sizes = {"sum_rows": num_rows, "sum_starts": num_rows + 1}
+        sizes |= {name: num_tiles for name in arrays if name.startswith("tile_")}
+        found = {
+            name: torch.from_numpy(pad_entries(name, array, sizes.get(name, num_entries))).to(device)
+            for name, array in arrays.items()
+        }
+        return cls.of(found, lists.block_rows)
 
-    @property
-    def num_tiles(self) -> int:
-        return len(self._units)
 
-    def work(self, table: AdapterTable, layer: int | None, group: SiteGroup) -> Work:
-        """The blocks at a group of a layer; ``layer`` None: of model sites."""
-        first = table.first_site(group.sites, layer)
-        ranks = table.ranks(self._units, layer, first, len(group.sites)).astype(np.int64)
-        rank = ranks.sum(axis=1)
-        columns = np.array([-(-width // EXPAND_COLUMNS) for width in group.out_features], dtype=np.int64)
-        shrink = -(-rank // SHRINK_RANKS)
-        splits = split_count(group.in_features)
-        parts = 1 if shrink.sum() >= _ENOUGH_BLOCKS else splits
-        expand = ((ranks > 0) * columns).sum(axis=1)
-        low = rank * self._counts
-        return Work(
-            self._starts(shrink * parts),
-            self._starts(expand),
-            self._send(np.pad(np.cumsum(low) - low, (0, self._padding))),
-            int(low.sum()),
-            int(shrink.sum()) * parts,
-            int(expand.sum()),
-            parts,
-            table.has_gains(self._units, layer, first, len(group.sites)),
-        )
+def pad_entries(name: str, array: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
+    """An array of ``EntryLists`` followed by its padding.
 
-    def _cut(self, units: Int64Array, block_rows: int | None) -> None:
-        edges = np.flatnonzero(np.diff(units, prepend=-1, append=-1))
-        firsts, lengths = edges[:-1], np.diff(edges)
-        self.block_rows = block_rows or choose_block_rows(int(lengths.max(initial=1)))
-        tiles = -(-lengths // self.block_rows)
-        owner = np.repeat(np.arange(len(tiles)), tiles)
-        within = (np.arange(len(owner)) - (np.cumsum(tiles) - tiles)[owner]) * self.block_rows
-        self._units = units[firsts[owner]]
-        self._counts = np.minimum(lengths[owner] - within, self.block_rows)
-        self._padding = (1 << max(len(owner) - 1, 1).bit_length()) - len(owner)
-        self.tile_units = self._send(np.pad(self._units, (0, self._padding)))
-        self.tile_firsts = self._send(np.pad(firsts[owner] + within, (0, self._padding)))
-        self.tile_counts = self._send(np.pad(self._counts, (0, self._padding)))
-
-    def _row_sums(self, rows: Int64Array, units: Int64Array) -> RowSums | None:
-        starts = np.flatnonzero(np.diff(rows, prepend=-1))
-        if len(starts) == len(rows):
-            return None
-        return RowSums(self._send(rows[starts]), self._send(np.append(starts, len(rows))), self._send(units))
-
-    def _starts(self, blocks: Int64Array) -> torch.Tensor:
-        ends = np.pad(np.cumsum(blocks), (1, self._padding), mode="edge" if len(blocks) else "constant")
-        ends[0] = 0
-        return self._send(ends)
-
-    def _send(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int32)).to(self._device, non_blocking=True)
+    Raises:
+        ValueError: where it is longer than its capacity.
+    """
+    if len(array) > capacity:
+        raise ValueError(f"{name}: {len(array)} do not fit in {capacity}")
+    filler = array[-1] if name == "sum_starts" else PADDING[name]
+    padded = np.full(capacity, filler, dtype=array.dtype)
+    padded[: len(array)] = array
+    return padded

@@ -19,80 +19,56 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loraplex.kernels import lora_triton, route_triton
-from loraplex.kernels.lora_launch import EXPAND_WARPS, SHRINK_WARPS, SUM_WARPS
-from loraplex.kernels.lora_tiles import ROW_BLOCKS
-from loraplex.kernels.route_launch import MAX_SLOTS, ROUTER_ROWS, SORT_BLOCK
+from loraplex.kernels import lora_expand, lora_triton
+from loraplex.kernels.lora_operators import PARTIAL_BLOCK, SUM_COLUMNS, SUM_WARPS
+from loraplex.kernels.lora_tuning import EXPAND, SHRINK
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GROUP = {"first_site": 0, "table_sites": 7, "out_0": 4096, "out_1": 1024, "out_2": 1024}
-PLACES = {"page_chunks": 256, "tiles": 64}
-ROUTER = {"router_site": 3, "router_sites": 8, "splits": 8, "block_experts": 16}
-BY_KERNEL: dict[str, dict[str, Any]] = {
-    "shrink_kernel": {
-        "num_sites": 3,
-        "in_features": 4096,
-        "splits": 8,
-        "split_chunks": 4,
-        "block_ranks": 16,
-        "striped": False,
-        "wide": False,
-        **PLACES,
-    },
-    "expand_kernel": {"num_sites": 3, "block_ranks": 32, "striped": False, "wide": False, "biased": True, **PLACES},
-    "row_sum_kernel": {"block_columns": 512},
-    "router_scores_kernel": {
-        **ROUTER,
-        **PLACES,
-        "in_features": 4096,
-        "split_chunks": 8,
-        "wide_chunk": 64,
-        "block_rows": ROUTER_ROWS,
-    },
-    "choose_kernel": {**ROUTER, "most": 2},
-    "sort_slots_kernel": {"block_rows": 16, "block": SORT_BLOCK},
-    "count_blocks_kernel": {
-        "num_sites": 3,
-        "columns_0": 32,
-        "columns_1": 8,
-        "columns_2": 8,
-        "parts": 8,
-        "block_ranks": 16,
-        "tiles": MAX_SLOTS,
-    },
-}
+PLACES = {"page_chunks": 256, "tiles": 64, "striped": False, "wide": False, "num_sites": 3}
+DOWN = {"num_sites": 1, "out_0": 4096, "out_1": 0, "out_2": 0}
+SHRINK_4096 = {"in_features": 4096, "splits": 8, "split_chunks": 4, **PLACES}
+SHRINK_14336 = {**SHRINK_4096, "in_features": 14336, "splits": 28, **DOWN}
+FACTS = (0, 16, 32, 8, 8, 3, 16, 32, 0, 0, 4, 16, 112, 112, 0, 6, 16, 32, 0, 0, 0, 16, 1002, 0, 0, 1, 16, 32, 0, 0)
+COUNT = {"facts": FACTS, "layer_groups": 4, "all_groups": 6, "groups": 4}
 HALF = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 OF_MODEL_DTYPE = {"x_ptr", "chunks_ptr", "base_ptr", "bias_ptr", "y_ptr"}
-IN_FP32 = {
-    "low_ptr",
-    "deltas_ptr",
-    "scales_ptr",
-    "weights_ptr",
-    "scores_ptr",
-    "wide_chunks_ptr",
-    "chosen_ptr",
-    "slot_weights_ptr",
-    "mix_weights_ptr",
-    "top_p_ptr",
-    "temperature_ptr",
-}
+IN_FP32 = {"low_ptr", "summed_ptr", "deltas_ptr", "scales_ptr", "weights_ptr"}
 
 
-def configurations() -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(kernel, constants, warps) of the launches that ``lora_launch.py`` makes."""
-    for block_rows in ROW_BLOCKS:
-        parts = 8 if block_rows == 16 else 1
-        yield "shrink_kernel", {"block_rows": block_rows, "parts": parts}, SHRINK_WARPS[block_rows]
-        for as_deltas in (False, True) if block_rows == 16 else (False,):
-            flags = {"as_deltas": as_deltas, "base_by_entry": as_deltas, "gains": as_deltas, "parts": parts}
-            yield "expand_kernel", {"block_rows": block_rows, **flags}, EXPAND_WARPS[block_rows]
-    everything = {"block_rows": 64, "as_deltas": False, "base_by_entry": False, "gains": True, "parts": 8}
-    yield "expand_kernel", everything, EXPAND_WARPS[64]
-    yield "row_sum_kernel", {}, SUM_WARPS
-    yield "router_scores_kernel", {}, 4
-    yield "choose_kernel", {}, 1
-    yield "sort_slots_kernel", {}, 4
-    yield "count_blocks_kernel", {}, 8
+def configurations(bits: int) -> Iterator[tuple[str, dict[str, Any], int, int]]:
+    """(kernel, constants, warps, stages) of the launches that ``lora_operators.py`` makes, for all that is tuned."""
+    for (its_bits, _, width, block_rows), shrink in SHRINK.items():
+        if its_bits == bits:
+            parts = 1 if block_rows == 64 else 28 if width > 8192 else 8
+            known = SHRINK_14336 if parts == 28 else SHRINK_4096
+            block = {"rows": shrink.rows, "block_ranks": shrink.ranks}
+            block |= {"block_chunks": shrink.chunks, "parts": parts}
+            yield "shrink_kernel", {**known, **block}, shrink.warps, shrink.stages
+    for (its_bits, _, _, block_rows), expand in EXPAND.items():
+        if its_bits == bits:
+            block = {"rows": expand.rows, "block_ranks": expand.ranks}
+            block["block_columns"] = expand.columns
+            for flags in FLAGS if block_rows == 16 else FLAGS[-1:] if block_rows == 256 else FLAGS[:1]:
+                yield "expand_kernel", {**PLACES, **block, **flags}, expand.warps, expand.stages
+    if bits == 16:
+        yield from plain_kernels()
+
+
+FLAGS: tuple[dict[str, Any], ...] = (
+    {"as_deltas": False, "base_by_slot": False, "gains": False, "biased": False, "parts": 1},
+    {"as_deltas": False, "base_by_slot": False, "gains": True, "biased": True, "parts": 8},
+    {"as_deltas": True, "base_by_slot": True, "gains": True, "biased": True, "parts": 28},
+)
+
+
+def plain_kernels() -> Iterator[tuple[str, dict[str, Any], int, int]]:
+    lookup = {"in_features": 128256, "rows": 64, "block_ranks": 16, "num_sites": 1}
+    yield "lookup_kernel", {"page_chunks": 256, "tiles": 64, "striped": True, **lookup}, 4, 3
+    yield "sum_partial_kernel", {"parts": 28, "block": PARTIAL_BLOCK}, 4, 3
+    yield "row_sum_kernel", {"block_columns": SUM_COLUMNS}, SUM_WARPS, 3
+    for tiles in (64, 4096):
+        yield "count_work_kernel", {**COUNT, "tiles": tiles, "pitch": tiles + 4}, 4 if tiles <= 512 else 8, 3
 
 
 def pointer_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
@@ -103,9 +79,11 @@ def pointer_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     return HALF[dtype] if name in OF_MODEL_DTYPE else "*i32"
 
 
-def compile_one(name: str, dtype: str, constants: dict[str, Any], warps: int, capability: int) -> dict[str, Any]:
-    kernel = getattr(lora_triton, name, None) or getattr(route_triton, name)
-    known = {**GROUP, **BY_KERNEL[name], **constants}
+def compile_one(
+    name: str, dtype: str, constants: dict[str, Any], warps: int, stages: int, capability: int
+) -> dict[str, Any]:
+    kernel = getattr(lora_triton, name, None) or getattr(lora_expand, name)
+    known = {**GROUP, **constants}
     signature: dict[str, str] = {}
     for argument in kernel.arg_names:
         if argument in known:
@@ -113,14 +91,13 @@ def compile_one(name: str, dtype: str, constants: dict[str, Any], warps: int, ca
         else:
             signature[argument] = pointer_type(argument, dtype, constants) if argument.endswith("_ptr") else "i32"
     constexprs = {(kernel.arg_names.index(key),): value for key, value in known.items() if key in kernel.arg_names}
-    divisible = [
-        i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or n in ("x_stride", "to_stride")
-    ]
+    strides = ("x_stride", "to_stride", "low_stride", "y_stride", "deltas_stride", "base_stride")
+    divisible = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or n in strides]
     source = ASTSource(kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in divisible})
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "enable_fp_fusion": False},
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False},
     )
     registers, spills = resources(compiled.asm["cubin"])
     products = set(re.findall(r"(mma\.sync\S+|wgmma\.mma_async\S+|tcgen05\.mma\S+)", compiled.asm["ptx"]))
@@ -128,7 +105,8 @@ def compile_one(name: str, dtype: str, constants: dict[str, Any], warps: int, ca
         "kernel": name,
         "capability": capability,
         "dtype": dtype,
-        **constants,
+        **{name: value for name, value in constants.items() if name != "facts"},
+        "warps": warps,
         "registers": registers,
         "spills": spills,
         "shared": compiled.metadata.shared,
@@ -147,9 +125,17 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> None:
+    """The first capability gets every configuration, the others every third."""
     dtypes, capabilities = sys.argv[1].split(","), [int(name) for name in sys.argv[2:]]
-    wanted = [(dtype, one, capability) for dtype in dtypes for one in configurations() for capability in capabilities]
-    found = [compile_one(name, dtype, *rest, capability) for dtype, (name, *rest), capability in wanted]
+    found = []
+    for dtype in dtypes:
+        distinct: list[tuple[str, dict[str, Any], int, int]] = []
+        for one in configurations(32 if dtype == "fp32" else 16):
+            if one not in distinct:
+                distinct.append(one)
+        for capability in capabilities:
+            some = distinct if capability == capabilities[0] else distinct[::3]
+            found += [compile_one(name, dtype, *rest, capability) for name, *rest in some]
     print(json.dumps(found))
 
 

@@ -1,47 +1,54 @@
-"""Triton kernels in the interpreter, on CPU tensors. It has to be chosen before Triton is first imported."""
+"""Adapters in a pool, the table of them, and steps, for kernels in Triton's interpreter on CPU tensors."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
-_before = os.environ.get("TRITON_INTERPRET")
-os.environ["TRITON_INTERPRET"] = "1"
-import triton.experimental.gluon  # noqa: E402, F401  (the interpreter imports it later, when the variable is gone)
-
-from loraplex.kernels import route_launch  # noqa: E402, F401  (its kernels are made when it is imported)
-from loraplex.kernels.adapter_table import AdapterTable, TableCapacity  # noqa: E402
-from loraplex.kernels.lora_launch import add_paged_lora  # noqa: E402
-from loraplex.kernels.lora_plan import Segment  # noqa: E402
-from loraplex.kernels.lora_rows import ResidentAdapter, SiteGroup  # noqa: E402
-from loraplex.kernels.lora_tiles import StepTiles  # noqa: E402
-from loraplex.memory.adapter_image import build_image  # noqa: E402
-from loraplex.memory.adapter_spec import LAYER_GROUPS, MODEL_GROUPS, AdapterSpec, LowRankPair, Router, Routing  # noqa: E402
-from loraplex.memory.transfer import page_in  # noqa: E402
-
-if _before is None:
-    del os.environ["TRITON_INTERPRET"]
-else:
-    os.environ["TRITON_INTERPRET"] = _before
+from loraplex.kernels import triton_runtime
+from loraplex.kernels.adapter_table import AdapterTable, TableCapacity
+from loraplex.kernels.lora_launch import StepWork, add_entries
+from loraplex.kernels.lora_plan import Segment
+from loraplex.kernels.lora_rows import ResidentAdapter, SiteGroup
+from loraplex.kernels.lora_tiles import DeviceEntries, EntryLists, list_entries
+from loraplex.memory.adapter_image import build_image
+from loraplex.memory.adapter_spec import AdapterSpec, LowRankPair, Router, Routing
+from loraplex.memory.transfer import page_in
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted() -> Iterator[None]:
+    """Nothing here runs without a GPU unless TRITON_INTERPRET was set before Triton was first imported."""
+    assert triton_runtime.INTERPRETED, "triton was imported before these tests: set TRITON_INTERPRET=1"
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, scope: Any) -> None:
+        # The interpreter holds scalars as arrays of one element, which numpy no longer takes for the bounds of a loop.
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(interpreter, "_patch_lang_tensor", patch_index)
+        yield
 
 
 def table_for(pool: Any, adapters: Sequence[ResidentAdapter] = (), capacity: TableCapacity | None = None) -> Any:
     """A table with these adapters of a pool."""
     table = AdapterTable(
-        LAYER_GROUPS,
-        MODEL_GROUPS,
+        list(pool.widths.groups.values()),
+        [pool.widths.lm_head, pool.widths.embedding],
         num_layers=pool.num_layers,
         page_chunks=pool.arena.shape[2] // 128,
-        capacity=capacity or TableCapacity(units=200, records=600, pages=2000),
         device=CPU,
+        capacity=capacity or TableCapacity(),
     )
     for adapter in dict.fromkeys(adapters):
         table.add(adapter)
@@ -50,22 +57,38 @@ def table_for(pool: Any, adapters: Sequence[ResidentAdapter] = (), capacity: Tab
 
 @dataclass
 class Step:
-    """Segments of a step, and the kernels' tiles for them."""
+    """Segments of a step, and the kernels' entries for them.
+
+    Attributes:
+        capacity: of entries and of tiles; None: just enough.
+        for_any: whether the launches are made for any step of that capacity, or for this one alone.
+    """
 
     pool: Any
     segments: Sequence[Segment]
+    capacity: tuple[int, int] | None = None
+    for_any: bool = True
+    block_rows: int | None = None
     table: AdapterTable = field(init=False)
-    tiles: StepTiles = field(init=False)
+    lists: EntryLists = field(init=False)
+    entries: DeviceEntries = field(init=False)
+    work: StepWork = field(init=False)
 
     def __post_init__(self) -> None:
         self.table = table_for(self.pool, [segment.adapter for segment in self.segments])
         units = [np.full(s.stop - s.start, self.table.unit_of(s.adapter)) for s in self.segments]
         rows = [np.arange(s.start, s.stop) for s in self.segments]
         none = np.empty(0, dtype=np.int64)
-        self.tiles = StepTiles(np.concatenate([none, *units]), np.concatenate([none, *rows]), CPU)
+        self.lists = list_entries(
+            np.concatenate([none, *units]), np.concatenate([none, *rows]), block_rows=self.block_rows
+        )
+        entries, tiles = self.capacity or (None, None)
+        self.entries = DeviceEntries.copy_of(self.lists, CPU, entries=entries, tiles=tiles)
+        lists = None if self.for_any else self.lists
+        self.work = StepWork.of(self.entries, self.table, self.pool.dtype, lists=lists)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, layer: int | None, group: SiteGroup) -> torch.Tensor:
-        add_paged_lora(y, x, self.pool.chunks(layer), self.table, self.tiles, layer, group)
+        add_entries(y, x, self.pool.chunks(layer), self.table, self.entries, self.work, layer, group)
         return y
 
 

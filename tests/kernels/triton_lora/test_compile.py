@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
-CAPABILITIES = (80, 90, 100)
-REGISTERS = {"shrink_kernel": 208, "expand_kernel": 255, "row_sum_kernel": 64, "router_scores_kernel": 176}
-OF_DECODE = {"shrink_kernel": 80, "expand_kernel": 128}
-"""Of a thread; those of the smallest tiles, which decoding uses, leave room for more blocks at a time."""
+CAPABILITIES = (90, 80, 100)
+REGISTERS = {"shrink_kernel": 176, "expand_kernel": 255, "row_sum_kernel": 64, "lookup_kernel": 96}
+PLAIN_DECODE = {"shrink_kernel": 168, "expand_kernel": 128}
+"""Of a thread; those of the smallest tiles without gains, which decoding uses, leave room for more blocks at a time."""
 
-SHARED = 96 * 1024
+SPILLS = 32
+"""Bytes that the compiler may put aside to fit one more block, where there are gains or operands are wide."""
+
+SHARED = 64 * 1024
 """Bytes, so that two blocks fit on the smallest of these GPUs."""
 
 
@@ -26,7 +29,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     program = Path(__file__).with_name("compile_kernels.py")
-    command = [sys.executable, str(program), "bf16", *map(str, CAPABILITIES)]
+    command = [sys.executable, str(program), "bf16,fp32", *map(str, CAPABILITIES)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     found: list[dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
@@ -37,11 +40,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_configuration_fits_and_multiplies_alike(compiled: list[dict[str, Any]], capability: int) -> None:
     here = [one for one in compiled if one["capability"] == capability]
-    assert {one["kernel"] for one in here} > set(REGISTERS)
+    assert {one["kernel"] for one in here} >= {"shrink_kernel", "expand_kernel", "row_sum_kernel"}
     for one in here:
-        assert one["spills"] == 0, one
-        budget = {**REGISTERS, **OF_DECODE} if one.get("block_rows") == 16 else REGISTERS
+        decodes = one.get("rows") == 16 and not one.get("gains")
+        budget = {**REGISTERS, **PLAIN_DECODE} if decodes else REGISTERS
         assert one["registers"] <= budget.get(one["kernel"], 128), one
+        assert one["spills"] <= (SPILLS if one.get("gains") or one["dtype"] == "fp32" else 0), one
         assert one["shared"] <= SHARED, one
     # Tiles of any size take the same instruction but for its columns, so they sum in the same order.
     for kernel in ("shrink_kernel", "expand_kernel"):

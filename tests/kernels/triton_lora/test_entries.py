@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex.kernels.lora_launch import add_paged_lora
-from loraplex.kernels.lora_tiles import StepTiles
+from loraplex.kernels.lora_launch import StepWork, add_entries
+from loraplex.kernels.lora_tiles import DeviceEntries, EntryLists, list_entries
 
 CPU = torch.device("cpu")
 ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -17,11 +17,18 @@ Entry = tuple[int, Any, int | None, float]
 """Row, adapter, expert, weight."""
 
 
-def tiles_of(table: Any, entries: list[Entry], x_rows: Any = None) -> StepTiles:
+def lists_of(table: Any, entries: list[Entry], x_rows: Any = None) -> EntryLists:
     units = np.array([table.unit_of(adapter, expert) for _, adapter, expert, _ in entries])
     rows = np.array([row for row, *_ in entries])
     weights = np.array([weight for *_, weight in entries], dtype=np.float32)
-    return StepTiles(units, rows, CPU, x_rows=x_rows, weights=weights)
+    return list_entries(units, rows, x_rows=x_rows, weights=weights)
+
+
+def add(pool: Any, table: Any, lists: EntryLists, y: Any, x: Any, group: Any, **rest: Any) -> None:
+    """One group of layer 0, with tensors a little larger than the lists."""
+    entries = DeviceEntries.copy_of(lists, CPU, entries=len(lists.order) + 3, rows=len(lists.order) + 1)
+    work = StepWork.of(entries, table, pool.dtype)
+    add_entries(y, x, pool.chunks(0), table, entries, work, 0, group, **rest)
 
 
 def expected(bench: Any, group: Any, entries: list[Entry], y: Any, x: Any, bias: Any) -> torch.Tensor:
@@ -58,7 +65,7 @@ def test_gains_weights_and_many_entries_of_a_row_match_dense_products(
     bias = pool.normal(y.shape[1])
     reference = expected(bench, group, entries, y, x, bias)
     untouched = y[[0, 3]].clone()
-    add_paged_lora(y, x, pool.chunks(0), table, tiles_of(table, entries), 0, group, bias=bias)
+    add(pool, table, lists_of(table, entries), y, x, group, bias=bias)
     assert_close(y, reference)
     assert torch.equal(y[[0, 3]], untouched)
 
@@ -74,7 +81,7 @@ def test_gains_of_rows_with_one_entry_multiply_the_product_before_it_changes(
     entries: list[Entry] = [(row, dora, None, 0.5) for row in (2, 0, 1)]
     y, x = pool.normal(3, sum(group.out_features)), pool.normal(3, 100)
     reference = expected(bench, group, entries, y, x, torch.zeros(y.shape[1]))
-    add_paged_lora(y, x, pool.chunks(0), table, tiles_of(table, entries), 0, group)
+    add(pool, table, lists_of(table, entries), y, x, group)
     assert_close(y, reference)
 
 
@@ -86,14 +93,14 @@ def test_gains_may_multiply_a_base_product_of_each_entry(
     adapter = bench.load(experts=("down_proj",), ranks=(4,), num_experts=3, gains=True)
     table = make_table(pool, [adapter])
     entries: list[Entry] = [(0, adapter, 2, 0.4), (0, adapter, 0, 0.6), (1, adapter, 1, 1.0)]
-    tiles = tiles_of(table, entries, x_rows=np.array([2, 0, 1]))
+    x_rows = np.array([2, 0, 1])
+    lists = lists_of(table, entries, x_rows)
     y, hidden, base = pool.normal(2, 100), pool.normal(3, 128), pool.normal(3, 100)
     reference = y.double().clone()
-    for place, entry in enumerate(tiles.order):
-        row, _, expert, weight = entries[entry]
-        x = hidden[[2, 0, 1][entry]].double()
-        reference[row] += weight * bench.change(adapter, "down_proj", expert, x, base[place].double())
-    add_paged_lora(y, hidden, pool.chunks(0), table, tiles, 0, group, gain_base=base)
+    for slot, ((row, _, expert, weight), x_row) in enumerate(zip(entries, x_rows)):
+        x = hidden[x_row].double()
+        reference[row] += weight * bench.change(adapter, "down_proj", expert, x, base[slot].double())
+    add(pool, table, lists, y, hidden, group, gain_base=base)
     assert_close(y, reference)
 
 
@@ -109,38 +116,10 @@ def test_a_row_of_several_entries_has_the_same_bits_alone_and_beside_rows_of_the
     others: list[Entry] = [(row, adapter, row % 3, 0.5) for row in (0, 1, 2, 3, 5, 6)]
     y, x = pool.normal(7, 100), pool.normal(7, 100)
     together, alone = y.clone(), y.clone()
-    add_paged_lora(together, x, pool.chunks(0), table, tiles_of(table, others[:4] + mine + others[4:]), 0, group)
-    add_paged_lora(alone, x, pool.chunks(0), table, tiles_of(table, mine), 0, group)
+    add(pool, table, lists_of(table, others[:4] + mine + others[4:]), together, x, group)
+    add(pool, table, lists_of(table, mine), alone, x, group)
     assert torch.equal(together[4], alone[4])
     one = y.clone()
-    add_paged_lora(one, x, pool.chunks(0), table, tiles_of(table, others[1:2]), 0, group)
+    add(pool, table, lists_of(table, others[1:2]), one, x, group)
     assert torch.equal(together[1], one[1])
     assert not torch.equal(one[1], y[1])
-
-
-def test_every_operator_passes_opcheck(
-    make_pool: Any, make_table: Any, make_mixtures: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool = make_pool(num_layers=1)
-    bench, group = make_mixtures(pool), pool.widths.groups["o"]
-    adapter = bench.load(experts=("o_proj",), ranks=(3,), num_experts=2, gains=True)
-    table = make_table(pool, [adapter])
-    tiles = tiles_of(table, [(0, adapter, 0, 0.7), (0, adapter, 1, 0.3)])
-    calls: dict[str, tuple[Any, ...]] = {}
-
-    class Recorder:
-        def __getattr__(self, name: str) -> Any:
-            def call(*arguments: Any) -> Any:
-                calls[name] = arguments
-                return getattr(real, name)(*arguments)
-
-            return call
-
-    real = torch.ops.loraplex
-    monkeypatch.setattr("loraplex.kernels.lora_launch.torch.ops.loraplex", Recorder())
-    add_paged_lora(pool.normal(1, 100), pool.normal(1, 100), pool.chunks(0), table, tiles, 0, group)
-    monkeypatch.undo()
-    assert set(calls) == {"paged_shrink", "paged_expand", "sum_deltas"}
-    for name, arguments in calls.items():
-        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(getattr(real, name).default, arguments, test_utils=checks)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from loraplex.kernels.lora_launch import StepWork, add_embedding
 from loraplex.kernels.lora_plan import Segment
-from loraplex.kernels.lora_reference import add_lora_reference
+from loraplex.kernels.lora_reference import add_embedding_lora_reference, add_lora_reference
+from loraplex.kernels.lora_tiles import DeviceEntries, list_entries
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -42,7 +44,7 @@ def test_mixed_ranks_and_odd_widths_match_the_reference(
     ffn: int,
 ) -> None:
     pool = make_pool(make_widths(hidden, kv, ffn), dtype, num_layers=1)
-    adapters = [pool.load(rank) for rank in (1, 3, 16, 64)]
+    adapters = [pool.load({"q_proj": rank, "v_proj": rank, "down_proj": rank}) for rank in (1, 3, 8, 40)]
     step = make_step(pool, make_segments(2, zip(adapters, (1, 2, 18, 1))))
     check(step, 24, ["qkv", "down"], assert_close)
 
@@ -146,13 +148,13 @@ def test_base_rows_keep_their_bits(make_pool: Any, make_segments: Any, make_step
     assert (after[4:] != y[4:]).any(dim=1).all()
 
 
-def test_a_step_of_base_rows_has_no_blocks(make_pool: Any, make_step: Any) -> None:
+@pytest.mark.parametrize("for_any", [True, False])
+def test_a_step_of_base_rows_changes_nothing(make_pool: Any, make_step: Any, for_any: bool) -> None:
     pool = make_pool(num_layers=1)
-    step, group = make_step(pool, []), pool.widths.groups["qkv"]
-    work = step.tiles.work(step.table, 0, group)
-    assert (step.tiles.num_tiles, work.shrink_blocks, work.expand_blocks) == (0, 0, 0)
+    step, group = make_step(pool, [], (4, 4), for_any), pool.widths.groups["qkv"]
+    assert not step.work.starts[..., :5].any()
     y = torch.ones(3, sum(group.out_features))
-    assert torch.equal(step.add(y.clone(), torch.ones(3, 100), 0, group), y)
+    assert torch.equal(step.add(y.clone(), torch.full((3, 100), float("nan")), 0, group), y)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +165,10 @@ def test_a_step_of_base_rows_has_no_blocks(make_pool: Any, make_step: Any) -> No
 def test_a_row_has_the_same_bits_alone_and_among_any_neighbours(
     make_pool: Any, make_segments: Any, make_step: Any, make_widths: Any, dtype: torch.dtype, others: tuple[int, int]
 ) -> None:
-    # Tiles of 128 are left out in float32: the interpreter multiplies with BLAS, whose sums go by the matrix's shape.
+    # Larger tiles are left out in float32: the interpreter multiplies with BLAS, whose sums go by the matrix's shape.
     pool = make_pool(make_widths(hidden=200), dtype, num_layers=1)
-    mine, group = pool.load(24), pool.widths.groups["qkv"]
-    beside = [pool.load(rank) for rank in (64, 3)]
+    mine, group = pool.load({"k_proj": 24, "v_proj": 5}), pool.widths.groups["qkv"]
+    beside = [pool.load({"k_proj": 40}), pool.load({"v_proj": 3})]
     together = make_segments(3, [(mine, 2), *zip(beside, others)])
     (place,) = [segment for segment in together if segment.adapter is mine]
     rows = together[-1].stop
@@ -184,24 +186,72 @@ def test_a_row_has_the_same_bits_alone_and_among_any_neighbours(
 def test_an_input_summed_at_once_has_the_bits_of_one_summed_in_parts(
     make_pool: Any, make_widths: Any, make_step: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = make_pool(make_widths(hidden=1300), torch.bfloat16, num_layers=1)
-    step, group = make_step(pool, [Segment(pool.load({"o_proj": 20}), 0, 5)]), pool.widths.groups["o"]
-    y, x = pool.normal(5, 1300), pool.normal(5, 1300)
-    assert step.tiles.work(step.table, 0, group).parts == 3
-    in_parts = step.add(y.clone(), x, 0, group)
-    monkeypatch.setattr("loraplex.kernels.lora_tiles._ENOUGH_BLOCKS", 1)
-    assert step.tiles.work(step.table, 0, group).parts == 1
-    assert torch.equal(step.add(y.clone(), x, 0, group), in_parts)
-    assert not torch.equal(in_parts, y)
+    pool = make_pool(make_widths(hidden=100, ffn=1300), torch.bfloat16, num_layers=1)
+    segments, group = [Segment(pool.load({"down_proj": 20}), 0, 5)], pool.widths.groups["down"]
+    y, x = pool.normal(5, 100), pool.normal(5, 1300)
+    found = []
+    in_expand, most = "SUMMED_IN_EXPAND", "MOST_PARTIAL_BYTES"
+    for name, limit, how in ((in_expand, 5, (3, False)), (in_expand, 4, (3, True)), (most, 0, (1, False))):
+        monkeypatch.setattr(f"loraplex.kernels.lora_grid.{name}", limit)
+        step = make_step(pool, segments)
+        launch = step.work.places[group.sites][1]
+        assert (launch.parts, launch.sums_first) == how
+        found.append(step.add(y.clone(), x, 0, group))
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+    assert not torch.equal(found[0], y)
 
 
-def test_fewer_programs_than_blocks_do_all_the_work(
-    make_pool: Any, make_segments: Any, make_step: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_capacities_and_launches_change_no_bit(
+    make_pool: Any, make_segments: Any, make_step: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    pool = make_pool(num_layers=1)
-    step = make_step(pool, make_segments(1, zip([pool.load(8), pool.load(40)], (1, 18))))
+    pool = make_pool(dtype=dtype, num_layers=1)
+    segments = make_segments(1, zip([pool.load({"k_proj": 8}), pool.load({"q_proj": 3, "v_proj": 20})], (1, 18)))
     group = pool.widths.groups["qkv"]
     y, x = pool.normal(20, sum(group.out_features)), pool.normal(20, 100)
-    one_each = step.add(y.clone(), x, 0, group)
-    monkeypatch.setattr("loraplex.kernels.lora_launch.MAX_BLOCKS", 3)
-    assert torch.equal(step.add(y.clone(), x, 0, group), one_each)
+    found = []
+    for programs, capacity, for_any in (
+        (2, None, True),
+        (64, None, False),
+        (3, (256, 64), True),
+        (5, (40, 512), False),
+    ):
+        monkeypatch.setattr("loraplex.kernels.lora_launch.resident_programs", lambda *_, n=programs: n)
+        found.append(make_step(pool, segments, capacity, for_any).add(y.clone(), x, 0, group))
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+    assert not torch.equal(found[0], y)
+
+
+@pytest.mark.parametrize("block_rows", [16, 64, 256])
+def test_tiles_of_any_size_match_the_reference(
+    make_pool: Any, make_segments: Any, make_step: Any, assert_close: Any, block_rows: int
+) -> None:
+    pool = make_pool(dtype=torch.float16, num_layers=1)
+    segments = make_segments(1, zip([pool.load({"o_proj": 8}), pool.load({"o_proj": 3})], (1, 150)))
+    check(make_step(pool, segments, block_rows=block_rows), 152, ["o"], assert_close)
+
+
+def test_the_widest_input_matches_the_reference(
+    make_pool: Any, make_widths: Any, make_segments: Any, make_step: Any, assert_close: Any
+) -> None:
+    pool = make_pool(make_widths(72, 64, 14336), torch.bfloat16, num_layers=1)
+    adapters = [pool.load({"down_proj": rank}) for rank in (16, 5)]
+    check(make_step(pool, make_segments(1, zip(adapters, (1, 2)))), 4, ["down"], assert_close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embedded_tokens_match_the_reference(
+    make_pool: Any, make_segments: Any, make_table: Any, assert_close: Any, dtype: torch.dtype
+) -> None:
+    pool = make_pool(dtype=dtype, num_layers=3)
+    adapters = [pool.load({"embed_tokens": 20, "lm_head": 2}), pool.load({"embed_tokens": 3}), pool.load(4)]
+    segments, group = make_segments(2, zip(adapters, (1, 18, 2))), pool.widths.embedding
+    table, tokens = make_table(pool, adapters), torch.from_numpy(pool.tokens(23))
+    units = np.concatenate([np.full(s.stop - s.start, table.unit_of(s.adapter)) for s in segments])
+    lists = list_entries(units, np.arange(2, 23))
+    entries = DeviceEntries.copy_of(lists, torch.device("cpu"), entries=32, tiles=8)
+    y = pool.normal(23, pool.widths.hidden)
+    expected = add_embedding_lora_reference(y, tokens, pool.arena, segments, group)
+    work = StepWork.of(entries, table, dtype)
+    add_embedding(y, tokens.int(), pool.chunks(None), table, entries, work, group)
+    assert_close(y, expected)
