@@ -1,201 +1,78 @@
-"""Mixtures with routers of their own at each linear, on the device: scores, choice, sorting, and the experts' work.
-
-Everything that varies from step to step lies in tensors; the host knows the rows, and how many experts a row has at
-most, and reads nothing back.
-"""
+"""The kernels of ``route_triton.py`` as ``torch.library`` operators: the choice of experts, and their slots sorted."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from loraplex.kernels.adapter_table import AdapterTable
-from loraplex.kernels.lora_launch import Tensors
-from loraplex.kernels.lora_rows import CHUNK, SiteGroup
-from loraplex.kernels.lora_tiles import (
-    EXPAND_COLUMNS,
-    SHRINK_RANKS,
-    DeviceTiles,
-    RowSums,
-    StepRows,
-    StepTiles,
-    Work,
-    choose_block_rows,
-    split_count,
-)
-from loraplex.kernels.route_triton import (
-    choose_kernel,
-    count_blocks_kernel,
-    router_scores_kernel,
-    sort_slots_kernel,
-)
-from loraplex.kernels.router_plan import RoutedRows
-from loraplex.kernels.triton_runtime import INTERPRETED
+from loraplex.kernels.lora_rows import CHUNK
+from loraplex.kernels.route_triton import choose_kernel, cut_tiles_kernel, router_scores_kernel, sort_slots_kernel
+from loraplex.kernels.routed_lists import MIN_EXPERTS, ROUTER_ROWS
+from loraplex.kernels.triton_runtime import INTERPRETED, power_of_two
 
-MAX_SLOTS = 4096
-"""Rows times experts of a step at most: their blocks are counted by one program."""
+Tensors = list[torch.Tensor]
+
+SCORE_CHUNKS = 8
+"""Chunks of the input that a block scores at a time. Fixed, as it decides the order of a score's sum."""
+
+SCORE_WARPS, CHOOSE_WARPS, SORT_WARPS, CUT_WARPS = 4, 1, 4, 4
 
 SORT_BLOCK = 32
+"""Slots that a block places, and that it compares them with at a time."""
 
-ROUTER_ROWS = 16
-"""Rows that a block scores; in float32, more of them do not fit in registers."""
+CUT_BLOCK = 1024
+"""Places among which a block looks for tiles at a time."""
 
 _library = torch.library.Library("loraplex", "FRAGMENT")
 _library.define(
-    "route_on_device(Tensor x, Tensor chunks, Tensor[] table, Tensor routers, Tensor[] tiles, Tensor[] entries,"
-    " Tensor[] rules, int most, int max_experts, int block_rows, int layer, int router_site, int page_chunks)"
+    "route_on_device(Tensor x, Tensor chunks, Tensor[] table, Tensor[] tiles, Tensor[] entries, int most,"
+    " int max_experts, int layer, int first_router, int num_routers, int page_chunks)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "sort_on_device(Tensor slot_units, Tensor slot_weights, Tensor slot_rows, Tensor[] table, int block_rows,"
-    " int layer, int parts, int[] group) -> (Tensor[])"
+    "sort_on_device(Tensor slot_units, Tensor slot_weights, Tensor rows, int most, int block_rows, int tiles)"
+    " -> Tensor[]"
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """What the routers of one site chose, on the device.
-
-    Attributes:
-        experts: [n, most] int32, best first, in the order of ``RoutedStep.tiles``.
-        weights: [n, most] float32, without those of a mix; 0 where an expert is not chosen.
-        tiles: the chosen experts' entries.
-        work: theirs at the group.
-    """
-
-    experts: torch.Tensor
-    weights: torch.Tensor
-    tiles: DeviceTiles
-    work: Work
-
-
-class RoutedStep:
-    """Rows of one step whose adapters have routers of one scope.
-
-    Args:
-        parts: by adapter; a row may come under several adapters of a mix.
-        table: that has all of them.
-        device: of the kernels.
-
-    Raises:
-        ValueError: where there are more rows times experts than ``MAX_SLOTS``.
-    """
-
-    def __init__(self, parts: Sequence[RoutedRows], table: AdapterTable, device: torch.device) -> None:
-        lengths = [len(part.rows) for part in parts]
-        rows = np.concatenate([part.rows for part in parts])
-        routings = [part.routing for part in parts]
-        self._table = table
-        self.tiles = StepTiles(
-            np.repeat([table.unit_of(part.adapter) for part in parts], lengths),
-            rows,
-            device,
-            weights=np.repeat(np.array([part.weight for part in parts], dtype=np.float32), lengths),
-            block_rows=ROUTER_ROWS,
-        )
-        self.most = max(routing.limit for routing in routings)
-        self.max_experts = max(routing.num_experts for routing in routings)
-        if len(rows) * self.most > MAX_SLOTS:
-            raise ValueError(f"parts: {len(rows)} rows of up to {self.most} experts are more than {MAX_SLOTS}")
-
-        def by_row(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
-            return (
-                torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(lengths))[self.tiles.order].to(device)
-            )
-
-        self.rules = [
-            by_row([routing.limit for routing in routings], torch.int32),
-            by_row([routing.renormalize for routing in routings], torch.int32),
-            by_row([math.inf if r.top_p is None else r.top_p for r in routings], torch.float32),
-            by_row([r.temperature if r.temperature > 0 else 1.0 for r in routings], torch.float32),
-        ]
-        units = np.repeat([table.unit_of(part.adapter) for part in parts], lengths)[self.tiles.order]
-        self.entry_units = torch.from_numpy(units.astype(np.int32)).to(device)
-        by_slot = np.sort(rows, kind="stable")
-        starts = np.append(np.flatnonzero(np.diff(by_slot, prepend=-1)), len(rows))
-        self.slot_rows = torch.from_numpy(np.repeat(by_slot, self.most).astype(np.int32)).to(device)
-        self._rows = torch.from_numpy(by_slot[starts[:-1]].astype(np.int32)).to(device)
-        self._starts = torch.from_numpy((starts * self.most).astype(np.int32)).to(device)
-        self._longest = max(lengths)
-
-    def choose(
-        self, layer: int, router: str, x: torch.Tensor, chunks: torch.Tensor, group: SiteGroup, max_rank: int
-    ) -> Chosen:
-        """Route all rows and list the chosen experts' work at a group.
-
-        Args:
-            router: what it routes: a site, or a feed-forward network by any other name.
-            x: [rows, in_features], what the router reads.
-            chunks: [num_chunks, 128], the arena of the layer.
-            group: where the experts work.
-            max_rank: the largest sum of ranks of an expert at the group.
-        """
-        table = self._table
-        known = table.layer_sites
-        site = known.index(router) if router in known else table.num_sites
-        experts, weights, units, slot_weights = torch.ops.loraplex.route_on_device(
-            x,
-            chunks,
-            table.tensors,
-            table.routers,
-            [self.tiles.tile_units, self.tiles.tile_firsts, self.tiles.tile_counts],
-            [self.entry_units, self.tiles.rows.x_rows, self.tiles.rows.slots, self.tiles.rows.weights],
-            self.rules,
-            self.most,
-            self.max_experts,
-            self.tiles.block_rows,
-            layer,
-            site,
-            table.page_chunks,
-        )
-        block_rows = choose_block_rows(self._longest)
-        parts = split_count(group.in_features)
-        sizes = [table.first_site(group.sites, layer), *group.out_features]
-        sorted_slots = torch.ops.loraplex.sort_on_device(
-            units, slot_weights, self.slot_rows, table.tensors, block_rows, layer, parts, sizes
-        )
-        rows, tile_arrays, (shrink, expand, low) = sorted_slots[:4], sorted_slots[4:7], sorted_slots[7:]
-        tiles = DeviceTiles(StepRows(*rows), RowSums(self._rows, self._starts, units), block_rows, *tile_arrays)
-        slots = len(units)
-        columns = sum(-(-width // EXPAND_COLUMNS) for width in group.out_features)
-        rank_blocks = -(-max_rank // SHRINK_RANKS) * parts
-        # As many blocks as could have work; the kernels stop at those that have.
-        work = Work(shrink, expand, low, slots * max_rank, slots * rank_blocks, slots * columns, parts, True)
-        return Chosen(experts, weights, tiles, work)
-
-
-def _route(
+def launch_route(
     x: torch.Tensor,
     chunks: torch.Tensor,
     table: Tensors,
-    routers: torch.Tensor,
     tiles: Tensors,
     entries: Tensors,
-    rules: Tensors,
     most: int,
     max_experts: int,
-    block_rows: int,
     layer: int,
-    router_site: int,
+    first_router: int,
+    num_routers: int,
     page_chunks: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    pages, first_page, record_of, _, _ = table
-    tile_units, tile_firsts, tile_counts = tiles
-    entry_units, x_rows, slots, mix_weights = entries
-    count, num_layers = len(entry_units), record_of.shape[1] - 1
+    """Let consecutive routers of a layer, which read the same input, choose for all routed entries.
+
+    Args:
+        x: [rows, in_features].
+        chunks: [num_chunks, 128], the arena of the layer.
+        table: pages, first_page, record_of, routers of an ``AdapterTable``.
+        tiles: score_places, tile_units, tile_firsts, tile_counts of a ``DeviceRouted``.
+        entries: its rows, units, weights, limits, renormalize, top_p, temperature.
+        first_router: the place of the first of them in ``table``.
+
+    Returns:
+        Experts [routers, R, most] int32 best first, their weights [routers, R, most] float32; the same by slot as units
+        [routers, slots] int32, -1 where none is chosen, and weights with those of a mix.
+    """
+    pages, first_page, record_of, routers = table
+    rows, *choosing = entries
+    count, num_layers = len(rows), record_of.shape[1] - 1
     wide_chunk = CHUNK * chunks.element_size() // 4
     in_chunks = -(-x.shape[1] // wide_chunk)
-    split_chunks = min(8, in_chunks)
+    split_chunks = min(SCORE_CHUNKS, in_chunks)
     splits = -(-in_chunks // split_chunks)
-    block_experts = max(16, 1 << (max_experts - 1).bit_length())
-    site = {"router_site": router_site, "router_sites": routers.shape[1], "block_experts": block_experts}
-    scores = x.new_empty((splits, count, block_experts), dtype=torch.float32)
-    router_scores_kernel[(len(tile_units) * splits,)](
+    site = {"router_sites": routers.shape[1], "splits": splits, "max_experts": max_experts}
+    scores = x.new_empty((num_routers, splits, count, max_experts), dtype=torch.float32)
+    router_scores_kernel[(len(tiles[1]) * splits, num_routers, max_experts // MIN_EXPERTS)](
         scores,
         x,
         chunks.view(torch.float32),
@@ -203,115 +80,117 @@ def _route(
         first_page,
         record_of,
         routers,
-        x_rows,
-        tile_units,
-        tile_firsts,
-        tile_counts,
+        rows,
+        *tiles,
         count,
         x.stride(0),
         layer,
         num_layers,
+        first_router,
         in_features=x.shape[1],
-        splits=splits,
         split_chunks=split_chunks,
         wide_chunk=wide_chunk,
         page_chunks=page_chunks,
-        block_rows=block_rows,
-        num_warps=4,
+        block_rows=ROUTER_ROWS,
+        block_experts=MIN_EXPERTS,
+        num_warps=SCORE_WARPS,
         **site,
     )
-    experts, weights, slot_units, slot_weights = _route_buffers(x, count, most)
-    choose_kernel[(count,)](
-        experts,
-        weights,
-        slot_units,
-        slot_weights,
+    found = _route_buffers(x, count, most, num_routers)
+    choose_kernel[(count, num_routers)](
+        *found,
         scores,
-        entry_units,
-        slots,
-        mix_weights,
-        *rules,
+        *choosing,
         record_of,
         routers,
         count,
         layer,
         num_layers,
-        splits=splits,
+        first_router,
         most=most,
-        num_warps=1,
+        num_warps=CHOOSE_WARPS,
         **site,
-    )
-    return experts, weights, slot_units, slot_weights
-
-
-def _route_buffers(
-    x: torch.Tensor, count: int, most: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        x.new_empty((count, most), dtype=torch.int32),
-        x.new_empty((count, most), dtype=torch.float32),
-        x.new_empty((count * most,), dtype=torch.int32),
-        x.new_empty((count * most,), dtype=torch.float32),
-    )
-
-
-def _sort(
-    slot_units: torch.Tensor,
-    slot_weights: torch.Tensor,
-    slot_rows: torch.Tensor,
-    table: Tensors,
-    block_rows: int,
-    layer: int,
-    parts: int,
-    group: list[int],
-) -> Tensors:
-    _, _, record_of, records, _ = table
-    slots = len(slot_units)
-    found = _sort_buffers(slot_units, slot_weights)
-    sort_slots_kernel[(-(-slots // SORT_BLOCK),)](
-        *found[:7], slot_units, slot_weights, slot_rows, slots, block_rows=block_rows, block=SORT_BLOCK, num_warps=4
-    )
-    columns = [-(-width // EXPAND_COLUMNS) for width in group[1:]] + [0, 0]
-    count_blocks_kernel[(1,)](
-        *found[7:],
-        found[4],
-        found[6],
-        record_of,
-        records,
-        slots,
-        layer,
-        record_of.shape[1] - 1,
-        first_site=group[0],
-        num_sites=len(group) - 1,
-        table_sites=records.shape[1],
-        columns_0=columns[0],
-        columns_1=columns[1],
-        columns_2=columns[2],
-        parts=parts,
-        block_ranks=SHRINK_RANKS,
-        tiles=len(found[4]),
-        num_warps=8,
     )
     return found
 
 
-def _sort_buffers(slot_units: torch.Tensor, slot_weights: torch.Tensor) -> Tensors:
-    slots = len(slot_units)
-    tiles = 1 << max(slots - 1, 1).bit_length()
-    sizes = [slots, slots, slots, tiles, tiles, tiles, tiles + 1, tiles + 1, tiles]
-    arrays = [slot_units.new_zeros((size,)) for size in sizes]
-    return [*arrays[:3], torch.zeros_like(slot_weights), *arrays[3:]]
+def _route_buffers(
+    x: torch.Tensor, count: int, most: int, num_routers: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty((num_routers, count, most), dtype=torch.int32),
+        x.new_empty((num_routers, count, most), dtype=torch.float32),
+        x.new_empty((num_routers, count * most), dtype=torch.int32),
+        x.new_empty((num_routers, count * most), dtype=torch.float32),
+    )
+
+
+def launch_sort(
+    slot_units: torch.Tensor, slot_weights: torch.Tensor, rows: torch.Tensor, most: int, block_rows: int, tiles: int
+) -> Tensors:
+    """Sort the filled slots of each router by unit, and cut them into tiles.
+
+    Args:
+        slot_units, slot_weights: [routers, slots], as ``launch_route`` returns them.
+        rows: [R] of the entries.
+        block_rows: places of a tile at most.
+        tiles: T, as many as there may be (see ``most_tiles``).
+
+    Returns:
+        By place, [routers, slots] each: rows, slots, weights. By tile, [routers, T] each: units, first places, counts.
+        Numbers of tiles [routers].
+    """
+    num_routers, slots = slot_units.shape
+    found = _sort_buffers(slot_units, slot_weights, tiles)
+    by_slot, by_tile = found[:3], found[3:]
+    place_units, place_counts = torch.empty_like(slot_units), torch.empty_like(slot_units)
+    sort_slots_kernel[(-(-slots // SORT_BLOCK), num_routers)](
+        *by_slot,
+        place_units,
+        place_counts,
+        slot_units,
+        slot_weights,
+        rows,
+        slots,
+        most=most,
+        block_rows=block_rows,
+        block=SORT_BLOCK,
+        num_warps=SORT_WARPS,
+    )
+    cut_tiles_kernel[(num_routers,)](
+        *by_tile, place_units, place_counts, slots, tiles=tiles, block=CUT_BLOCK, num_warps=CUT_WARPS
+    )
+    return found
+
+
+def most_tiles(slots: int, block_rows: int, units: int) -> int:
+    """A power of two, not below the tiles into which so many slots of so many units may be cut."""
+    return power_of_two(min(slots, slots // block_rows + units))
+
+
+def _sort_buffers(slot_units: torch.Tensor, slot_weights: torch.Tensor, tiles: int) -> Tensors:
+    num_routers = len(slot_units)
+    return [
+        torch.empty_like(slot_units),
+        torch.empty_like(slot_units),
+        torch.empty_like(slot_weights),
+        *(slot_units.new_empty((num_routers, tiles)) for _ in range(3)),
+        slot_units.new_empty((num_routers,)),
+    ]
 
 
 def _route_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _route_buffers(arguments[0], len(arguments[5][0]), arguments[7])
+    return _route_buffers(arguments[0], len(arguments[4][0]), arguments[5], arguments[9])
 
 
-def _sort_fake(slot_units: torch.Tensor, slot_weights: torch.Tensor, *_: object) -> Tensors:
-    return _sort_buffers(slot_units, slot_weights)
+def _sort_fake(slot_units: torch.Tensor, slot_weights: torch.Tensor, *arguments: Any) -> Tensors:
+    return _sort_buffers(slot_units, slot_weights, arguments[3])
 
 
 torch.library.register_fake("loraplex::route_on_device", _route_fake)
 torch.library.register_fake("loraplex::sort_on_device", _sort_fake)
-for _name, _launch in (("route_on_device", _route), ("sort_on_device", _sort)):
+for _name, _launch in (("route_on_device", launch_route), ("sort_on_device", launch_sort)):
     _library.impl(_name, _launch, "CPU" if INTERPRETED else "CUDA")
+
+ROUTE_OPERATORS = torch.ops.loraplex
+"""The namespace of the operators above."""
