@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 ROOMS := server memory kernels clients
 
-.PHONY: serve test check lint types unit format docs bench-peers bench-mixture clean
+.PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu clean
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -39,6 +40,16 @@ bench-peers: $(STAMP)  ## this engine beside transformers + PEFT; prints a recor
 
 bench-mixture: $(STAMP)  ## step times of mixtures beside LoRA and the base; prints a record
 	$(BIN)/python tests/bench/bench_mixture.py
+
+# These two need nothing installed but torch, triton, transformers, safetensors and numpy, in .venv or in GPU_PYTHON.
+bench-gpu:  ## correctness, then all records of an NVIDIA GPU, in under ten minutes; prints a table and JSON
+	$(GPU_PYTHON) tests/bench/gpu/bench.py --device cuda $(ARGS)
+
+tune-gpu:  ## time block shapes of the low-rank kernels; prints the tables of kernels/lora_tuning.py
+	$(GPU_PYTHON) tests/bench/gpu/tune.py --device cuda $(ARGS)
+
+bench-work: $(STAMP)  ## what steps make a GPU do, counted, and the host's times; needs no GPU; prints a record
+	$(BIN)/python tests/bench/gpu/work.py $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
