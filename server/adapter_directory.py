@@ -24,12 +24,14 @@ class AdapterReady:
         num_pages: that it takes in the pool.
         invocation: tokens from whose last occurrence in the prompt on it acts; empty where it acts on every token.
         mix_problem: why it cannot be part of a mix, as the end of a sentence; None where it can.
+        routes_by_token: whether its experts depend on the ids of tokens, which must then be known.
     """
 
     identity: str
     num_pages: int
     invocation: tuple[int, ...] = ()
     mix_problem: str | None = None
+    routes_by_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)

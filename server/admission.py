@@ -232,7 +232,9 @@ class Admission:
         for ref, status in ready:
             # Two names may stand for the same content.
             weights[status.identity] = weights.get(status.identity, 0.0) + request.weights[ref]
-            images.setdefault(status.identity, AdapterPages(status.identity, ref, status.num_pages))
+            images.setdefault(
+                status.identity, AdapterPages(status.identity, ref, status.num_pages, status.routes_by_token)
+            )
         request.images = tuple(images.values())
         pool_pages, num_pages = self._pool.num_pages, request.num_adapter_pages
         if error := self._size_problem(request, num_pages):

@@ -108,7 +108,7 @@ class BatchMaker:
             sequence = piece.chunk.sequence
             tokens += sequence.token_slice(piece.start, piece.stop)
             spans.append(SequenceSpan(row, piece.start, piece.stop, self._kv.pages(sequence.seq_id)))
-            wanted += [(piece.assignment, want, 1) for want in _wanted_logits(piece, row)]
+            wanted += [(piece.assignment, want, 1) for want in wanted_logits(piece, row)]
         logits = _arrange(wanted)
         token_array = np.array(tokens, dtype=np.int64)
         log = RouteLog() if self._logs_routes or any(chunk.wants_routing for chunk in chunks) else None
@@ -141,7 +141,8 @@ def _cut(chunk: Chunk, resident: Mapping[str, ResidentAdapter]) -> Iterator[Piec
         yield Piece(chunk, assignment, acts_from, chunk.stop)
 
 
-def _wanted_logits(piece: Piece, row: int) -> list[LogitRow]:
+def wanted_logits(piece: Piece, row: int) -> list[LogitRow]:
+    """The rows of a piece, whose first is ``row``, whose logits are wanted."""
     chunk = piece.chunk
     positions = list(range(piece.start, min(piece.stop, len(chunk.sequence.prompt_ids) - 1)))
     if not chunk.wants_prompt_logprobs:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from loraplex.kernels.attention_plan import AttentionPlanner
 from loraplex.kernels.dense_linear import has_fast_bfloat16
-from loraplex.kernels.devices import has_kernels_for
+from loraplex.kernels.devices import has_kernels_for, uses_triton
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.adapter_store import AdapterStore
 from loraplex.memory.arena import PageShape, allocate_arena, page_shape, poison
@@ -23,6 +23,8 @@ from loraplex.server.base_matrices import BaseMatrices
 from loraplex.server.batch import BatchMaker
 from loraplex.server.checkpoint import find_checkpoint, read_config
 from loraplex.server.decoder import Decoder
+from loraplex.server.device_build import build_device_runner
+from loraplex.server.device_runner import DeviceRunner
 from loraplex.server.engine import Engine, EngineParts
 from loraplex.server.engine_config import EngineConfig
 from loraplex.server.errors import InvalidRequestError
@@ -34,7 +36,7 @@ from loraplex.server.routing_report import ExpertCounts
 from loraplex.server.scheduler import Scheduler
 from loraplex.server.scheduler_config import SchedulerConfig
 from loraplex.server.traits import ModelTraits, read_traits
-from loraplex.server.weights import CheckpointReader, load_weights
+from loraplex.server.weights import CheckpointReader, DecoderWeights, load_weights
 
 
 class EngineStartError(InvalidRequestError):
@@ -98,7 +100,7 @@ def build_engine(
         page_bytes=shape.page_bytes,
         num_parameters=weights.num_parameters,
     )
-    parts = _wire(config, info, traits, Decoder(traits, weights), shape, device, _eos_ids(folder, hf_config), on_change)
+    parts = _wire(config, info, traits, weights, shape, device, _eos_ids(folder, hf_config), on_change)
     return Engine(parts, config.stats_interval)
 
 
@@ -106,7 +108,7 @@ def _wire(
     config: EngineConfig,
     info: EngineInfo,
     traits: ModelTraits,
-    decoder: Decoder,
+    weights: DecoderWeights,
     shape: PageShape,
     device: torch.device,
     eos_ids: frozenset[int],
@@ -139,9 +141,6 @@ def _wire(
         prefill_chunk=config.prefill_chunk,
         prefix_caching=config.prefix_caching,
     )
-    planner = AttentionPlanner(shape.page_tokens, tuple(dict.fromkeys(traits.windows)), shape.dtype, device)
-    counts = ExpertCounts(config.expert_metrics) if config.expert_metrics else None
-    batches = BatchMaker(planner, kv, decoder.embedding_group, device, logs_routes=counts is not None)
     return EngineParts(
         info=info,
         pool=pool,
@@ -150,8 +149,41 @@ def _wire(
         store=store,
         directory=directory,
         scheduler=Scheduler(limits, pool, kv, adapters, directory),
-        runner=ModelRunner(decoder, arena, batches, counts),
+        runner=_build_runner(config, info, traits, weights, shape, arena, kv),
     )
+
+
+def _build_runner(
+    config: EngineConfig,
+    info: EngineInfo,
+    traits: ModelTraits,
+    weights: DecoderWeights,
+    shape: PageShape,
+    arena: torch.Tensor,
+    kv: KvCache,
+) -> ModelRunner | DeviceRunner:
+    counts = ExpertCounts(config.expert_metrics) if config.expert_metrics else None
+    if _uses_triton(config, arena.device):
+        try:
+            return build_device_runner(config, info, traits, weights, shape, arena, kv, counts)
+        except ValueError as error:
+            raise EngineStartError(str(error), param="attention") from error
+    if config.attention == "flashinfer":
+        raise EngineStartError(
+            f"attention is 'flashinfer', which runs on CUDA beside the Triton kernels; the device is {arena.device}",
+            param="attention",
+        )
+    decoder = Decoder(traits, weights)
+    planner = AttentionPlanner(shape.page_tokens, tuple(dict.fromkeys(traits.windows)), shape.dtype, arena.device)
+    batches = BatchMaker(planner, kv, decoder.embedding_group, arena.device, logs_routes=counts is not None)
+    return ModelRunner(decoder, arena, batches, counts)
+
+
+def _uses_triton(config: EngineConfig, device: torch.device) -> bool:
+    try:
+        return uses_triton(config.kernels, device.type)
+    except ValueError as error:
+        raise EngineStartError(str(error), param="kernels") from None
 
 
 def _count_pages(config: EngineConfig, shape: PageShape, device: torch.device) -> int:

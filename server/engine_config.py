@@ -19,6 +19,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_name: str | None = None
     dtype: DtypeName = "auto"
     device: DeviceName = "auto"
+    kernels: KernelsName = "auto"
+    attention: AttentionName = "auto"
     pool_bytes: int | None = None
     memory_fraction: float = 0.5
     host_adapter_bytes: int = 4 << 30

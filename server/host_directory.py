@@ -45,8 +45,13 @@ class HostDirectory:
                 if not self._pin_held(ref):
                     return AdapterLoading()
                 self._note(ref, ready)
+                image = ready.image
                 return AdapterReady(
-                    ready.image.identity, ready.image.num_pages, ready.image.invocation, _mix_problem(ready)
+                    image.identity,
+                    image.num_pages,
+                    image.invocation,
+                    _mix_problem(ready),
+                    image.token_routes is not None,
                 )
             case Failed(error):
                 return AdapterFailed(to_loraplex_error(ref, error))

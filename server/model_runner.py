@@ -10,15 +10,11 @@ from loraplex.kernels.lora_rows import ResidentAdapter
 from loraplex.kernels.step_adapters import RouteLog
 from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.transfer import page_in
-from loraplex.server.batch import Batch, BatchMaker, LogitRow
+from loraplex.server.batch import Batch, BatchMaker
 from loraplex.server.decoder import Decoder
-from loraplex.server.messages import TokenLogprob
+from loraplex.server.logit_results import read_logits
 from loraplex.server.routing_report import ExpertCounts, routing_of_sequences
-from loraplex.server.sampler import sample, token_logprobs
 from loraplex.server.step_plan import Chunk, FinishedStep, PendingStep, StepResult
-
-_LOGPROB_ROWS = 256
-"""Rows of prompt log-probabilities worked out at a time; bounds memory at large vocabularies."""
 
 
 class ModelRunner:
@@ -76,7 +72,7 @@ class ModelRunner:
             return StepResult()
         batch = self._batches.make(chunks, self._resident)
         logits = self._decoder.forward(batch.step, self._arena)
-        result = _read_logits(logits, batch, chunks)
+        result = read_logits(logits, chunks, batch.logit_rows).read()
         if batch.log is not None:
             self._report_routes(batch.log, batch, result)
         return result
@@ -86,36 +82,3 @@ class ModelRunner:
         result.routing.update(routing_of_sequences(log, batch.pieces, identities))
         if self._expert_counts is not None:
             self._expert_counts.add(log, identities)
-
-
-def _read_logits(logits: torch.Tensor, batch: Batch, chunks: list[Chunk]) -> StepResult:
-    due = [(i, want) for i, want in enumerate(batch.logit_rows) if _is_sampled(want)]
-    prompt = [(i, want) for i, want in enumerate(batch.logit_rows) if not _is_sampled(want)]
-    result = StepResult(prompt_logprobs=_prompt_logprobs(logits, prompt))
-    for chunk in chunks:  # a chunk of the last prompt token alone predicts none
-        if chunk.wants_prompt_logprobs:
-            result.prompt_logprobs.setdefault(chunk.sequence.seq_id, [])
-    if due:
-        rows = torch.tensor([i for i, _ in due], device=logits.device)
-        sequences = [want.chunk.sequence for _, want in due]
-        tokens = sample(logits.index_select(0, rows), sequences)
-        result.sampled.update((sequence.seq_id, token) for sequence, token in zip(sequences, tokens))
-    return result
-
-
-def _is_sampled(want: LogitRow) -> bool:
-    return want.chunk.samples and want.position == want.chunk.stop - 1
-
-
-def _prompt_logprobs(logits: torch.Tensor, wanted: list[tuple[int, LogitRow]]) -> dict[int, list[TokenLogprob]]:
-    found: dict[int, list[TokenLogprob]] = {}
-    for at in range(0, len(wanted), _LOGPROB_ROWS):
-        part = wanted[at : at + _LOGPROB_ROWS]
-        rows = torch.tensor([i for i, _ in part], device=logits.device)
-        sequences = [want.chunk.sequence for _, want in part]
-        tokens = [s.prompt_ids[want.position + 1] for s, (_, want) in zip(sequences, part)]
-        counts = [s.request.params.prompt_logprobs or 0 for s in sequences]
-        reported = token_logprobs(logits.index_select(0, rows).log_softmax(-1), tokens, counts)
-        for sequence, entry in zip(sequences, reported):
-            found.setdefault(sequence.seq_id, []).append(entry)
-    return found

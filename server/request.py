@@ -105,8 +105,9 @@ class Sequence:
 
     @property
     def needs_history(self) -> bool:
-        """Whether the ids of all sampled tokens must be known before the next one can be sampled: under penalties."""
-        return self.output_counts is not None
+        """Whether the ids of all sampled tokens must be known before the next one can be computed: under penalties, and
+        with adapters that choose experts by token id."""
+        return self.output_counts is not None or self.request.routes_by_token
 
     @property
     def ends_with_pending(self) -> bool:
@@ -170,11 +171,12 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPages:
-    """An adapter that a request needs in the pool."""
+    """An adapter that a request needs in the pool; for ``routes_by_token`` see ``AdapterReady``."""
 
     identity: str
     ref: AdapterRef
     num_pages: int
+    routes_by_token: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -230,6 +232,11 @@ class Request:
     def num_adapter_pages(self) -> int:
         """Pages that its adapters take in the pool."""
         return sum(image.num_pages for image in self.images)
+
+    @property
+    def routes_by_token(self) -> bool:
+        """Whether an adapter chooses experts by the ids of tokens."""
+        return any(image.routes_by_token for image in self.images)
 
     @property
     def content(self) -> str:

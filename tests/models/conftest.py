@@ -356,10 +356,21 @@ class Driver:
         assert stats.pages_free + stats.pages_adapter + stats.pages_cached == stats.pages_total
 
 
+ON_DEVICE: dict[str, dict[str, Any]] = {
+    "cpu": {"device": "cpu"},
+    "cuda": {"device": "cuda"},
+    "interpreter": {"device": "cpu", "kernels": "triton"},
+}
+
+
 @pytest.fixture
-def make_engine() -> Iterator[Callable[..., Driver]]:
+def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver]]:
     """Builds engines with poisoned pages, to be driven by hand; closed, and checked for leaks, at the end."""
     engines: list[Engine] = []
+    device = request.config.getoption("--device")
+    on_device = ON_DEVICE[device]
+    if device == "interpreter":
+        request.getfixturevalue("interpreter_loops")
 
     def make(checkpoint: Checkpoint, pages: int = 64, **settings: Any) -> Driver:
         page_tokens = settings.get("page_tokens", 16)
@@ -367,7 +378,7 @@ def make_engine() -> Iterator[Callable[..., Driver]]:
             model=str(checkpoint.folder),
             **{
                 "dtype": "float32",
-                "device": "cpu",
+                **on_device,
                 "pool_bytes": pages * checkpoint.page_bytes(page_tokens),
                 "poison_freed_pages": True,
                 "threads": 1,

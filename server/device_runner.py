@@ -1,0 +1,229 @@
+"""Carries out steps on a device that works beside the host: each is queued behind the last one, and read when done.
+
+The host never waits for the device in ``launch``; it may prepare and queue a step while the last one runs. Sampled
+tokens stay on the device as the next step's input, and are copied to the host for whoever wants to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from loraplex.kernels.device_adapters import ChoiceLog
+from loraplex.kernels.lora_rows import ResidentAdapter
+from loraplex.kernels.step_buffers import HostRing
+from loraplex.memory.adapter_image import AdapterImage
+from loraplex.memory.transfer import AdapterTransfer, Arrival
+from loraplex.server.device_batch import DeviceBatch, DeviceBatchMaker
+from loraplex.server.device_program import (
+    NO_TABLE,
+    Capacities,
+    Machine,
+    StepProgram,
+    bucket_capacities,
+    exact_capacities,
+    step_arrays,
+    usual_buckets,
+)
+from loraplex.server.logit_results import LogitResults, read_logits
+from loraplex.server.routing_report import ExpertCounts, routing_of_sequences
+from loraplex.server.step_plan import Chunk, FinishedStep, PendingStep, StepResult
+
+_MAX_PROGRAMS = 256
+"""Captured shapes at most; beyond them the ones used longest ago are given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """What the runner makes room for.
+
+    Attributes:
+        graph_rows: steps that only decode, of at most so many rows, are padded to a bucket and replayed from a graph.
+        pool_tokens: tokens whose K/V fits the pool.
+    """
+
+    graph_rows: int
+    pool_tokens: int
+
+
+class DeviceRunner:
+    """Runs steps on one device.
+
+    Args:
+        machine: what they run on.
+        batches: makes their arrays.
+        transfer: pages adapters in.
+        limits: sizes.
+        expert_counts: counts the choices of routers, where the metrics show them.
+
+    Attributes:
+        runs_ahead: always; see ``ModelRunner``.
+    """
+
+    runs_ahead = True
+
+    def __init__(
+        self,
+        machine: Machine,
+        batches: DeviceBatchMaker,
+        transfer: AdapterTransfer,
+        limits: DeviceLimits,
+        expert_counts: ExpertCounts | None = None,
+    ) -> None:
+        self._machine = machine
+        self._batches = batches
+        self._transfer = transfer
+        self._limits = limits
+        self._expert_counts = expert_counts
+        self._resident: dict[str, ResidentAdapter] = {}
+        self._model_sites: frozenset[str] = frozenset()
+        self._arriving: list[Arrival] = []
+        self._arrived: list[Arrival] = []
+        self._ring = HostRing(machine.device)
+        self._programs: dict[Capacities, StepProgram] = {}
+        self._flashinfer = machine.flashinfer(0) if machine.flashinfer is not None else None
+        self._is_cuda = machine.device.type == "cuda"
+        self._graph_pool: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
+
+    @property
+    def expert_tokens(self) -> dict[str, list[int]]:
+        """How often each expert was chosen, by identity, for the adapters with the most; empty where nobody asks."""
+        return self._expert_counts.most() if self._expert_counts is not None else {}
+
+    def prepare(self, windows: Sequence[int | None]) -> None:
+        """Compile and capture what decoding mostly needs, so that no request waits for it.
+
+        Args:
+            windows: the distinct attention windows of the model's layers.
+        """
+        limits = self._limits
+        usual = usual_buckets(limits.graph_rows, limits.pool_tokens, windows, self._machine.table.generation)
+        with torch.inference_mode():
+            for capacities in usual:
+                program = self._program(capacities)
+                program.plan_attention(None)
+                self._run(program)
+
+    def page_in(self, image: AdapterImage, pages: list[int]) -> None:
+        """Begin to copy an adapter into its pages; from now on chunks may name it."""
+        self._arriving.append(self._transfer.page_in(image, pages))
+        num_layers, num_pages, page_elems = self._machine.arena.shape
+        adapter = ResidentAdapter(
+            image.layout, pages, page_elems // 128, num_layers, num_pages, image.routing, image.token_routes
+        )
+        self._machine.table.add(adapter)
+        self._resident[image.identity] = adapter
+        self._model_sites |= frozenset(image.layout.model)
+
+    def keep_only(self, identities: Iterable[str]) -> None:
+        """Forget adapters that left the pool."""
+        kept = set(identities)
+        for identity in [i for i in self._resident if i not in kept]:
+            self._machine.table.remove(self._resident.pop(identity))
+        if not kept:
+            self._batches.forget_all()
+
+    def launch(self, chunks: list[Chunk]) -> PendingStep:
+        """Queue a step: one forward pass over the chunks, behind all that was queued before."""
+        if not chunks:
+            return FinishedStep(StepResult())
+        batch = self._batches.make(chunks, self._resident)
+        with torch.inference_mode():
+            self._await_arrivals()
+            choices = ChoiceLog() if batch.log is not None else None
+            logits = self._forward(batch, choices)
+            results = read_logits(logits, batch.chunks, batch.logit_rows)
+            if results.sampled is not None:
+                self._machine.sampled[: len(results.sequences)].copy_(results.sampled.tokens)
+            results = results.to_host()
+        done = torch.cuda.Event() if self._is_cuda else None
+        if done is not None:
+            done.record()
+        # By the time the result is read, adapters may have left the pool.
+        identities = {adapter: identity for identity, adapter in self._resident.items()} if choices is not None else {}
+        return _Launched(batch, choices, results, done, identities, self._expert_counts)
+
+    def _await_arrivals(self) -> None:
+        """Adapters of earlier steps must be there; those of this one may still be on their way."""
+        self._transfer.collect()
+        for arrival in self._arrived:
+            arrival.wait_all()
+        self._arrived = [arrival for arrival in self._arriving if not arrival.is_complete()]
+        self._arriving = []
+
+    def _forward(self, batch: DeviceBatch, choices: ChoiceLog | None) -> torch.Tensor:
+        """[logit rows, vocabulary] float32."""
+        is_plain = batch.only_decodes and not self._arrived and choices is None
+        if is_plain and batch.num_rows <= self._limits.graph_rows:
+            pool_tokens, generation = self._limits.pool_tokens, self._machine.table.generation
+            program = self._program(bucket_capacities(batch, pool_tokens, self._model_sites, generation))
+            self._send(batch, program)
+            return self._run(program)[: batch.num_rows]
+        capacities = exact_capacities(batch, self._model_sites, self._machine.table.generation)
+        program = StepProgram(capacities, self._machine, self._flashinfer)
+        self._send(batch, program)
+        return program.run(batch, self._arrived, choices)
+
+    def _program(self, capacities: Capacities) -> StepProgram:
+        program = self._programs.pop(capacities, None)
+        if program is None:
+            self._forget_stale(capacities)
+            make = self._machine.flashinfer
+            program = StepProgram(capacities, self._machine, None if make is None else make(capacities.rows))
+        self._programs[capacities] = program
+        return program
+
+    def _forget_stale(self, newcomer: Capacities) -> None:
+        """Give up graphs over what is no longer there, and the one used longest ago when there are many."""
+        if newcomer.generation != NO_TABLE:
+            for known in [k for k in self._programs if k.generation not in (NO_TABLE, newcomer.generation)]:
+                del self._programs[known]
+        if len(self._programs) >= _MAX_PROGRAMS:
+            del self._programs[next(iter(self._programs))]
+
+    def _run(self, program: StepProgram) -> torch.Tensor:
+        """Replay a shape's graph. The first time it runs as it is, which compiles its kernels; then it is captured."""
+        if program.is_captured:
+            return program.replay()
+        logits = program.run()
+        if self._is_cuda:
+            program.capture(self._graph_pool)
+        return logits
+
+    def _send(self, batch: DeviceBatch, program: StepProgram) -> None:
+        size, pages = program.layout.size, batch.pages
+        host = self._ring.next(size + pages.size)
+        filled = host.numpy()
+        program.plan_attention(batch)
+        program.layout.fill(filled[:size], step_arrays(batch))
+        np.copyto(filled[size:].reshape(pages.shape), pages)
+        table = self._machine.page_table[: pages.shape[0], : pages.shape[1]]
+        self._ring.send([(host[:size], program.buffer), (host[size:].view(pages.shape), table)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step that is queued. ``identities`` are of the adapters that were in the pool, where choices are noted."""
+
+    batch: DeviceBatch
+    choices: ChoiceLog | None
+    results: LogitResults
+    done: torch.cuda.Event | None
+    identities: Mapping[ResidentAdapter, str]
+    expert_counts: ExpertCounts | None
+
+    def result(self) -> StepResult:
+        """As in ``PendingStep``."""
+        if self.done is not None:
+            self.done.synchronize()
+        found = self.results.read()
+        if self.choices is not None and self.batch.log is not None:
+            self.choices.read_into(self.batch.log)
+            found.routing.update(routing_of_sequences(self.batch.log, self.batch.pieces, self.identities))
+            if self.expert_counts is not None:
+                self.expert_counts.add(self.batch.log, self.identities)
+        return found
