@@ -114,6 +114,7 @@ class AdapterTable:
         page_chunks: chunks of a page in one layer.
         device: where the kernels read them.
         capacity: first sizes of the buffers.
+        expected_rank: of adapters on every site of a layer that launches are to allow for from the start; 0: of none.
 
     Attributes:
         generation: rises with whatever a captured launch holds and is no longer so: the address of a buffer, the
@@ -144,6 +145,7 @@ class AdapterTable:
         page_chunks: int,
         device: torch.device,
         capacity: TableCapacity = TableCapacity(),
+        expected_rank: int = 0,
     ) -> None:
         self.page_chunks = page_chunks
         self.num_layers = num_layers
@@ -155,8 +157,9 @@ class AdapterTable:
         self.generation = 0
         self.has_gains = False
         self._device = device
+        self._expected_rank = expected_rank
         self._runs = {kind: _Runs(getattr(capacity, kind)) for kind in ("units", "records", "pages")}
-        self._host: dict[str, torch.Tensor] = {}
+        self._host: dict[str, npt.NDArray[Any]] = {}
         for buffer, kind in _KIND.items():
             self._replace(buffer, self._runs[kind].size)
         self._places: dict[int, _Place] = {}
@@ -228,8 +231,8 @@ class AdapterTable:
         self, units: npt.NDArray[np.integer[Any]], layer: int | None, first_site: int, num_sites: int, field: int
     ) -> Int32Array:
         column = self.num_layers if layer is None else layer
-        found: Int32Array = self._host["record_of"].numpy()[units, column]
-        fields: Int32Array = self._host["records"].numpy()[found, first_site : first_site + num_sites, field]
+        found: Int32Array = self._host["record_of"][units, column]
+        fields: Int32Array = self._host["records"][found, first_site : first_site + num_sites, field]
         return np.where(found[:, None] == NO_RECORD, np.int32(0), fields)
 
     def first_site(self, sites: Sequence[str], layer: int | None) -> int:
@@ -264,43 +267,48 @@ class AdapterTable:
             "routers": (self.num_sites + 1, ROUTER_FIELDS),
         }
         shape = (size, *shapes.get(buffer, ()))
-        dtype = torch.float32 if buffer == "scales" else torch.int32
-        host = torch.full(shape, NO_RECORD if buffer == "record_of" else 0, dtype=dtype)
+        dtype = np.float32 if buffer == "scales" else np.int32
+        host = np.full(shape, NO_RECORD if buffer == "record_of" else 0, dtype=dtype)
         if buffer in self._host:
             host[: len(self._host[buffer])] = self._host[buffer]
         self._host[buffer] = host
-        setattr(self, buffer, torch.empty(shape, dtype=dtype, device=self._device))
+        setattr(self, buffer, torch.empty_like(torch.from_numpy(host), device=self._device))
         self._copy(buffer, slice(None))
 
     def _note(self, place: _Place) -> None:
         """Keep the facts that launches go by: the largest ranks, and whether there are gains."""
+        before = self._ranks_before(place)
         for key in self._ranks:
-            self._raise_rank(key, place)
+            self._raise_rank(key, before)
         start, count = place.records
-        has_gains = bool((self._host["records"][start : start + count, :, GAIN_START] > 0).any())
-        if has_gains and not self.has_gains:
+        if not self.has_gains and (self._host["records"][start : start + count, :, GAIN_START] > 0).any():
             self.has_gains = True
             self.generation += 1
 
     def _most_rank(self, key: tuple[bool, int, int]) -> int:
         if key not in self._ranks:
-            self._ranks[key] = 0
+            of_model, _, count = key
+            expected = 0 if of_model else self._expected_rank * count
+            self._ranks[key] = _power_of_two(expected) if expected else 0
             generation = self.generation
             for place in self._places.values():
-                self._raise_rank(key, place)
+                self._raise_rank(key, self._ranks_before(place))
             self.generation = generation  # nobody was told less before
         return self._ranks[key]
 
-    def _raise_rank(self, key: tuple[bool, int, int], place: _Place) -> None:
+    def _ranks_before(self, place: _Place) -> tuple[Int32Array, Int32Array]:
+        """[records, sites + 1] sums of the ranks before each site, of an adapter's layers and of its model sites."""
+        start, count = place.records
+        sums = np.zeros((count, self.num_sites + 1), dtype=np.int32)
+        np.cumsum(self._host["records"][start : start + count, :, RANK], axis=1, out=sums[:, 1:])
+        return sums[:-1], sums[-1:]  # the last record is that of model sites
+
+    def _raise_rank(self, key: tuple[bool, int, int], ranks_before: tuple[Int32Array, Int32Array]) -> None:
         of_model, first, count = key
-        start, num_records = place.records
-        # An adapter's last record is that of its model sites.
-        last = start + num_records - 1
-        here = slice(last, last + 1) if of_model else slice(start, last)
-        ranks = self._host["records"].numpy()[here, first : first + count, RANK].sum(axis=1)
-        most = int(ranks.max(initial=0))
+        sums = ranks_before[of_model]
+        most = int((sums[:, first + count] - sums[:, first]).max(initial=0))
         if most > self._ranks[key]:
-            self._ranks[key] = max(1 << (most - 1).bit_length(), MIN_RANK)
+            self._ranks[key] = max(_power_of_two(most), MIN_RANK)
             self.generation += 1
 
     def _check_groups(self, adapter: ResidentAdapter) -> None:
@@ -312,27 +320,30 @@ class AdapterTable:
 
     def _fill(self, adapter: ResidentAdapter, place: _Place) -> None:
         layout, host = adapter.layout, self._host
-        (first_unit, num_units), (record, _), (first_page, num_pages) = place.units, place.records, place.pages
-        host["pages"][first_page : first_page + num_pages] = torch.tensor(adapter.pages, dtype=torch.int32)
+        (first_unit, num_units), (record, num_records), (first_page, num_pages) = (
+            place.units,
+            place.records,
+            place.pages,
+        )
+        host["pages"][first_page : first_page + num_pages] = adapter.pages
         host["first_page"][first_unit : first_unit + num_units] = first_page
+        for buffer in ("records", "scales", "routers"):
+            host[buffer][record : record + num_records] = 0
         num_classes = len(layout.layouts)
-        classes = torch.tensor(layout.layout_of_layer, dtype=torch.int32)
-        for index in range(num_units):
-            record_of = host["record_of"][first_unit + index]
-            record_of[:-1] = record + index * num_classes + classes
-            record_of[-1] = NO_RECORD
-            for number, (plain, mixture) in enumerate(zip(layout.layouts, layout.mixtures)):
-                experts = mixture.experts
-                sites = plain if index == 0 else experts[index - 1] if index <= len(experts) else {}
+        firsts = record + num_classes * np.arange(num_units, dtype=np.int32)
+        record_of = host["record_of"][first_unit : first_unit + num_units]
+        record_of[:, :-1] = firsts[:, None] + np.array(layout.layout_of_layer, dtype=np.int32)
+        record_of[:, -1] = NO_RECORD
+        for number, (plain, mixture) in enumerate(zip(layout.layouts, layout.mixtures)):
+            for index, sites in enumerate((plain, *mixture.experts)):
                 self._store(record + index * num_classes + number, sites, self.layer_sites)
-                self._store_routers(record + index * num_classes + number, mixture.routers if index == 0 else {})
+            self._store_routers(record + number, mixture.routers)
         last = record + num_units * num_classes
-        host["record_of"][first_unit, -1] = last
+        record_of[0, -1] = last
         self._store(last, layout.model, self.model_sites)
 
     def _store(self, record: int, sites: Mapping[str, SiteLayoutLike], known: Sequence[str]) -> None:
-        fields, scales = self._host["records"][record].numpy(), self._host["scales"][record].numpy()
-        fields[:] = 0
+        fields, scales = self._host["records"][record], self._host["scales"][record]
         for index, site in enumerate(known):
             if site in sites:
                 at = sites[site]
@@ -341,8 +352,7 @@ class AdapterTable:
                 scales[index] = at.scale
 
     def _store_routers(self, record: int, routers: Mapping[str, RouterLayoutLike]) -> None:
-        fields = self._host["routers"][record].numpy()
-        fields[:] = 0
+        fields = self._host["routers"][record]
         for site, at in routers.items():
             index = self.layer_sites.index(site) if site in self.layer_sites else self.num_sites
             fields[index] = (at.num_experts, at.start)
@@ -354,8 +364,12 @@ class AdapterTable:
 
     def _copy(self, buffer: str, here: slice) -> None:
         """Copy to the device in the order of its stream, without waiting: from pinned memory that lives until then."""
-        source, to = self._host[buffer][here], getattr(self, buffer)[here]
+        source, to = torch.from_numpy(self._host[buffer][here]), getattr(self, buffer)[here]
         to.copy_(source.pin_memory() if to.is_cuda else source, non_blocking=True)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def _check_group(present: Sequence[SiteLayoutLike], group: Sequence[str]) -> None:

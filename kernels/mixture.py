@@ -41,7 +41,13 @@ _BLOCK_ENTRIES = 128
 
 
 def add_routed(
-    y: torch.Tensor, x: torch.Tensor, chunks: torch.Tensor, layer: int, group: SiteGroup, batch: RoutedBatch
+    y: torch.Tensor,
+    x: torch.Tensor,
+    chunks: torch.Tensor,
+    layer: int,
+    group: SiteGroup,
+    batch: RoutedBatch,
+    bias: torch.Tensor | None = None,
 ) -> list[tuple[str, Choice]]:
     """Add ``sum_e w_e s B_e A_e x`` in place at each linear of a group that has a router of its own.
 
@@ -49,6 +55,7 @@ def add_routed(
         y: [rows, sum of the group's out_features].
         x: [rows, in_features], which the routers read too.
         chunks: [num_chunks, 128], the arena of the layer.
+        bias: [sum of out_features] that is in ``y`` and that gains leave alone.
 
     Returns:
         What was chosen, by linear.
@@ -60,7 +67,8 @@ def add_routed(
         if choice is not None:
             alone = SiteGroup((site,), group.in_features, (width,))
             plan = batch.units.layer_table(layer, alone).plan(choice.entries)
-            add_lora(y[:, at : at + width], x, chunks, plan)
+            here = slice(at, at + width)
+            add_lora(y[:, here], x, chunks, plan, bias=None if bias is None else bias[here])
             choices.append((site, choice))
         at += width
     return choices

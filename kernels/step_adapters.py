@@ -166,7 +166,7 @@ class StepAdapters:
             if batch is not None:
                 add_lora(y, x, chunks, batch.layer_plan(layer, group), bias=bias)
         if self.linear is not None:
-            for site, choice in add_routed(y, x, chunks, layer, group, self.linear):
+            for site, choice in add_routed(y, x, chunks, layer, group, self.linear, bias):
                 self._note(layer, site, choice)
 
     def add_model(self, y: torch.Tensor, x: torch.Tensor, chunks: torch.Tensor, group: SiteGroup) -> None:

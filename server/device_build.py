@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from loraplex.kernels.adapter_table import AdapterTable
+from loraplex.kernels.adapter_table import AdapterTable, TableCapacity
 from loraplex.kernels.flashinfer_attention import FlashInferAttention, allocate_workspace, choose_attention
 from loraplex.kernels.lora_rows import CHUNK
 from loraplex.kernels.paged_attention import PagedAttention
@@ -49,6 +49,9 @@ def build_device_runner(
         num_layers=traits.num_layers,
         page_chunks=shape.page_elems // CHUNK,
         device=device,
+        # A table that grows makes captured graphs useless.
+        capacity=TableCapacity(units=4096, records=16_384, pages=max(4096, info.num_pages)),
+        expected_rank=config.graph_rank,
     )
     windows = tuple(dict.fromkeys(traits.windows))
     max_pages = kv.pages_for(info.max_model_len)

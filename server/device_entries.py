@@ -18,7 +18,7 @@ from loraplex.kernels.lora_rows import Int64Array, ResidentAdapter
 from loraplex.kernels.lora_tiles import EntryLists, list_entries
 from loraplex.kernels.router_plan import RoutedRows
 from loraplex.kernels.step_adapters import RouteLog, RouteRecord
-from loraplex.server.lanes import Lanes
+from loraplex.server.lanes import NO_UNIT, Lanes
 from loraplex.server.step_plan import Chunk
 
 Float32Array = npt.NDArray[np.float32]
@@ -70,7 +70,7 @@ class EntryMaker:
     def __init__(self, table: AdapterTable, lanes: Lanes) -> None:
         self._table = table
         self._lanes = lanes
-        self._last_units: Int64Array | None = None
+        self._key: tuple[int, Int64Array, npt.NDArray[np.bool_]] | None = None
         self._last = StepEntries()
 
     def make(
@@ -91,22 +91,39 @@ class EntryMaker:
             log: where choices that are known already are noted.
             routes: False for rows at which no layer runs.
         """
-        units = self._lanes.units[lane_of_row]
-        units[positions < self._lanes.acts_from[lane_of_row]] = -1
+        lanes = self._lanes
+        acts = positions >= lanes.acts_from[lane_of_row]
+        if self._is_last(lane_of_row, acts):
+            return self._last
+        can_keep = not lanes.reads_tokens[lane_of_row].any()
+        self._key = (lanes.version, lane_of_row, acts) if can_keep else None
+        self._last = self._list_rows(np.where(acts, lanes.units[lane_of_row], NO_UNIT), positions, special, log, routes)
+        return self._last
+
+    def _is_last(self, lane_of_row: Int64Array, acts: npt.NDArray[np.bool_]) -> bool:
+        """Whether these are the rows of the last call, under the same adapters."""
+        if self._key is None:
+            return False
+        version, last_lanes, last_acts = self._key
+        return (
+            version == self._lanes.version
+            and np.array_equal(lane_of_row, last_lanes)
+            and np.array_equal(acts, last_acts)
+        )
+
+    def _list_rows(
+        self, units: Int64Array, positions: Int64Array, special: Iterable[Span], log: RouteLog | None, routes: bool
+    ) -> StepEntries:
+        rows = np.flatnonzero(units != NO_UNIT)
         spans = list(special)
-        if not spans and self._last_units is not None and np.array_equal(units, self._last_units):
-            return self._last
-        self._last_units = None if spans else units
-        rows = np.flatnonzero(units >= 0)
         if not spans:
-            self._last = StepEntries(list_entries(units[rows], rows) if len(rows) else None)
-            return self._last
+            return StepEntries(list_entries(units[rows], rows) if len(rows) else None)
         listed = _Listed([units[rows]], [rows], [np.ones(len(rows), dtype=np.float32)])
         routed: dict[str, dict[tuple[ResidentAdapter, float], list[Int64Array]]] = {"linear": {}, "ffn": {}}
         for chunk, start, stop in spans:
-            acts = np.flatnonzero(positions[start:stop] >= chunk.adapter_start) + start
-            if len(acts):
-                self._list_chunk(chunk, acts, positions[acts], listed, routed, log)
+            acting = np.flatnonzero(positions[start:stop] >= chunk.adapter_start) + start
+            if len(acting):
+                self._list_chunk(chunk, acting, positions[acting], listed, routed, log)
         return StepEntries(
             self._list(listed),
             self._route(routed["linear"]) if routes else None,

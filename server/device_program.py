@@ -23,9 +23,10 @@ from loraplex.kernels.lora_tiles import DeviceEntries, EntryLists
 from loraplex.kernels.paged_attention import PagedPlan
 from loraplex.kernels.paged_decode import MAX_SPLITS, SPLIT_KEYS
 from loraplex.kernels.routed_lists import DeviceRouted, RoutedLists
-from loraplex.kernels.step_buffers import BufferLayout, Field
+from loraplex.kernels.step_buffers import BufferLayout, Field, HostRing
 from loraplex.server.decoder import Decoder, DecoderInput
 from loraplex.server.device_batch import DeviceBatch
+from loraplex.server.device_entries import StepEntries
 
 Array = npt.NDArray[Any]
 
@@ -217,7 +218,7 @@ def _power_of_two(count: int) -> int:
 
 
 def step_fields(capacities: Capacities) -> dict[str, Field]:
-    """The arrays of a step, by name."""
+    """The arrays of a step that change with every step, by name."""
     found = {name: Field((capacities.rows,)) for name in ("tokens", "positions")}
     found |= {name: Field((capacities.rows,), padding=-1) for name in ("sources", "slots")}
     found["lengths"] = Field((capacities.decodes,))
@@ -230,7 +231,12 @@ def step_fields(capacities: Capacities) -> dict[str, Field]:
         found["prefill_tiles"] = Field((capacities.prefill_tiles, 2))
     if capacities.logits is not None:
         found["logit_rows"] = Field((capacities.logits,))
-    found |= _entry_fields("entries", capacities.entries)
+    return found
+
+
+def work_fields(capacities: Capacities) -> dict[str, Field]:
+    """The arrays of the adapters' work, which stay as long as rows keep their adapters, by name."""
+    found = _entry_fields("entries", capacities.entries)
     found |= _entry_fields("logit_entries", capacities.logit_entries)
     found |= _routed_fields("linear", capacities.linear)
     found |= _routed_fields("ffn", capacities.ffn)
@@ -262,9 +268,8 @@ def _routed_fields(prefix: str, capacity: RoutedCapacity | None) -> dict[str, Fi
     }
 
 
-def step_arrays(batch: DeviceBatch) -> dict[str, Array]:
-    """The arrays of a batch under the names of ``step_fields``."""
-    found = dict(batch.arrays)
+def work_arrays(batch: DeviceBatch) -> dict[str, Array]:
+    """The arrays of a batch under the names of ``work_fields``."""
     entries, logit_entries = batch.entries, batch.logit_entries
     named = {
         "entries": entries.lists,
@@ -272,10 +277,12 @@ def step_arrays(batch: DeviceBatch) -> dict[str, Array]:
         "linear": entries.linear,
         "ffn": entries.ffn,
     }
-    for prefix, lists in named.items():
-        if lists is not None:
-            found |= {f"{prefix}.{name}": array for name, array in lists.arrays().items()}
-    return found
+    return {
+        f"{prefix}.{name}": array
+        for prefix, lists in named.items()
+        if lists is not None
+        for name, array in lists.arrays().items()
+    }
 
 
 class StepProgram:
@@ -287,23 +294,44 @@ class StepProgram:
         flashinfer: FlashInfer's kernels, where they are used.
 
     Attributes:
-        layout: where the arrays lie in the buffer.
-        buffer: [layout.size] int32 on the device; the host's is copied here before each run.
+        layout, work_layout: where the arrays of a step, and those of the adapters' work, lie in their buffers.
+        buffer, work_buffer: [size] int32 on the device; the host's are copied here before a run.
     """
 
     def __init__(self, capacities: Capacities, machine: Machine, flashinfer: FlashInferAttention | None = None) -> None:
         self.capacities = capacities
         self._flashinfer = flashinfer
         self.layout = BufferLayout(step_fields(capacities))
+        self.work_layout = BufferLayout(work_fields(capacities))
         self.buffer = torch.zeros(self.layout.size, dtype=torch.int32, device=machine.device)
+        self.work_buffer = torch.zeros(self.work_layout.size, dtype=torch.int32, device=machine.device)
         self._machine = machine
-        self._views = self.layout.views(self.buffer)
+        self._views = {**self.layout.views(self.buffer), **self.work_layout.views(self.work_buffer)}
+        self._work: StepEntries | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
 
     @property
     def is_captured(self) -> bool:
         return self._graph is not None
+
+    def send(self, batch: DeviceBatch, ring: HostRing) -> None:
+        """Queue the copies of a step's arrays; those of the adapters' work only where it is another than the last."""
+        self.plan_attention(batch)
+        size, pages = self.layout.size, batch.pages
+        keeps = batch.logit_entries is None and self._work is batch.entries
+        work_size = 0 if keeps else self.work_layout.size
+        host = ring.next(size + work_size + pages.size)
+        filled = host.numpy()
+        self.layout.fill(filled[:size], batch.arrays)
+        copies = [(host[:size], self.buffer)]
+        if work_size:
+            self.work_layout.fill(filled[size : size + work_size], work_arrays(batch))
+            copies.append((host[size : size + work_size], self.work_buffer))
+            self._work = batch.entries
+        np.copyto(filled[size + work_size :].reshape(pages.shape), pages)
+        table = self._machine.page_table[: pages.shape[0], : pages.shape[1]]
+        ring.send([*copies, (host[size + work_size :].view(pages.shape), table)])
 
     def plan_attention(self, batch: DeviceBatch | None) -> None:
         """Tell FlashInfer of a step, where it is used; None: of one whose rows all pad."""

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from loraplex.kernels.device_adapters import ChoiceLog
@@ -26,7 +25,6 @@ from loraplex.server.device_program import (
     StepProgram,
     bucket_capacities,
     exact_capacities,
-    step_arrays,
     usual_buckets,
 )
 from loraplex.server.logit_results import LogitResults, read_logits
@@ -161,11 +159,11 @@ class DeviceRunner:
         if is_plain and batch.num_rows <= self._limits.graph_rows:
             pool_tokens, generation = self._limits.pool_tokens, self._machine.table.generation
             program = self._program(bucket_capacities(batch, pool_tokens, self._model_sites, generation))
-            self._send(batch, program)
+            program.send(batch, self._ring)
             return self._run(program)[: batch.num_rows]
         capacities = exact_capacities(batch, self._model_sites, self._machine.table.generation)
         program = StepProgram(capacities, self._machine, self._flashinfer)
-        self._send(batch, program)
+        program.send(batch, self._ring)
         return program.run(batch, self._arrived, choices)
 
     def _program(self, capacities: Capacities) -> StepProgram:
@@ -193,16 +191,6 @@ class DeviceRunner:
         if self._is_cuda:
             program.capture(self._graph_pool)
         return logits
-
-    def _send(self, batch: DeviceBatch, program: StepProgram) -> None:
-        size, pages = program.layout.size, batch.pages
-        host = self._ring.next(size + pages.size)
-        filled = host.numpy()
-        program.plan_attention(batch)
-        program.layout.fill(filled[:size], step_arrays(batch))
-        np.copyto(filled[size:].reshape(pages.shape), pages)
-        table = self._machine.page_table[: pages.shape[0], : pages.shape[1]]
-        self._ring.send([(host[:size], program.buffer), (host[size:].view(pages.shape), table)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: DeviceName = "auto"
     kernels: KernelsName = "auto"
     attention: AttentionName = "auto"
+    graph_rank: int = 16
     pool_bytes: int | None = None
     memory_fraction: float = 0.5
     host_adapter_bytes: int = 4 << 30

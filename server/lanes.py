@@ -50,6 +50,8 @@ class Lanes:
         units: [lanes] int64, the unit of a sequence's one adapter; ``NO_UNIT`` without one or with a mix.
         acts_from: [lanes] int64, the first position at which its adapters act.
         is_special: [lanes] bool, whether its rows need more than that unit: a mix, or an adapter with routers.
+        reads_tokens: [lanes] bool, whether an adapter chooses experts by the ids of tokens.
+        version: rises whenever a lane gets other adapters.
         sampled_at: [lanes] int64, the launch that sampled its newest token,
         sampled_row: [lanes] int64, the place of that token among those of the launch, and
         sampled_position: [lanes] int64, its position.
@@ -64,6 +66,8 @@ class Lanes:
         self.units = np.full(size, NO_UNIT, dtype=np.int64)
         self.acts_from = np.zeros(size, dtype=np.int64)
         self.is_special = np.zeros(size, dtype=np.bool_)
+        self.reads_tokens = np.zeros(size, dtype=np.bool_)
+        self.version = 0
         self.sampled_at = np.full(size, -1, dtype=np.int64)
         self.sampled_row = np.zeros(size, dtype=np.int64)
         self.sampled_position = np.zeros(size, dtype=np.int64)
@@ -120,6 +124,7 @@ class Lanes:
         self._free += [lane.index for lane in self._lanes.values()]
         self._lanes.clear()
         self._last_sequences = ()
+        self.version += 1
 
     def _find(self, chunk: Chunk, here: set[int], resident: Mapping[str, ResidentAdapter]) -> int:
         sequence = chunk.sequence
@@ -145,9 +150,11 @@ class Lanes:
         self.num_pages[lane.index] = len(pages)
 
     def _read_adapters(self, lane: _Lane, chunk: Chunk, resident: Mapping[str, ResidentAdapter]) -> None:
+        self.version += 1
         lane.assignment = tuple((resident[identity], weight) for identity, weight in chunk.adapters)
         direct = direct_adapter(lane.assignment)
         self.units[lane.index] = NO_UNIT if direct is None else self._table.unit_of(direct)
         self.acts_from[lane.index] = chunk.adapter_start
         is_routed = direct is not None and direct.routing is not None
         self.is_special[lane.index] = bool(lane.assignment) and (direct is None or is_routed)
+        self.reads_tokens[lane.index] = any(adapter.token_routes is not None for adapter, _ in lane.assignment)

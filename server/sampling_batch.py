@@ -55,7 +55,7 @@ class SamplingBatch:
             if params.logprobs is not None:
                 logprob_rows.append(row)
                 num_top.append(params.logprobs)
-            if sequence.needs_history:
+            if sequence.output_counts is not None:
                 _penalize(row, sequence, seen, edits)
             if params.logit_bias:
                 edits.add(row, list(params.logit_bias), list(params.logit_bias.values()))

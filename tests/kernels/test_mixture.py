@@ -275,7 +275,7 @@ def check_ffn(bench: Bench, rows: list[list[tuple[ResidentAdapter, float]]], ass
 
     step, chunks = StepAdapters(*arrange(rows)), pool.chunks(LAYER)
     wide = F.linear(x, gate_up, gate_up_bias)
-    networks = step.run_experts(wide, x, chunks, LAYER, groups["gate_up"], gate_up_bias, F.silu)
+    networks = step.run_experts(wide, x, chunks, LAYER, groups["gate_up"], gate_up_bias, "silu")
     step.add(wide, x, chunks, LAYER, groups["gate_up"], gate_up_bias)
     h = F.silu(wide[:, :ffn]) * wide[:, ffn:]
     if networks is not None:
@@ -358,4 +358,4 @@ def test_rows_whose_adapter_has_no_router_in_a_layer_are_left_alone(bench: Bench
     x = bench.pool.normal(3, 100)
     gate_up = bench.pool.normal(3, 272)
     group = bench.pool.widths.groups["gate_up"]
-    assert step.run_experts(gate_up, x, bench.pool.chunks(0), 0, group, None, F.silu) is None
+    assert step.run_experts(gate_up, x, bench.pool.chunks(0), 0, group, None, "silu") is None

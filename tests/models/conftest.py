@@ -370,7 +370,7 @@ def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver
     device = request.config.getoption("--device")
     on_device = ON_DEVICE[device]
     if device == "interpreter":
-        request.getfixturevalue("interpreter_loops")
+        request.getfixturevalue("interpreter")
 
     def make(checkpoint: Checkpoint, pages: int = 64, **settings: Any) -> Driver:
         page_tokens = settings.get("page_tokens", 16)

@@ -50,7 +50,7 @@ def answers_of(driver: Any, requests: dict[str, dict[str, Any]], paths: dict[str
 
 @pytest.fixture
 def compare(
-    make_engine: Callable[..., Any], interpreter_loops: None
+    make_engine: Callable[..., Any], interpreter: None
 ) -> Callable[[Any, dict[str, dict[str, Any]], dict[str, Path]], None]:
     """Both engines answer alike; the log-probabilities up to float32's rounding."""
 

@@ -10,17 +10,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import checkout  # noqa: F401  (before anything of loraplex)
 import numpy as np
 import random_adapters
+import torch
 from costs import LLAMA_8B, ModelShape
 from host_model import HostModel
 
 from loraplex.kernels.lora_rows import ResidentAdapter
 from loraplex.kernels.lora_tiles import list_entries
 from loraplex.kernels.paged_decode import count_splits, list_decode_tiles
-from loraplex.kernels.step_buffers import BufferLayout
+from loraplex.kernels.step_buffers import HostRing
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.adapter_spec import AdapterSpec
 from loraplex.memory.kv_cache import KvCache
@@ -29,10 +31,10 @@ from loraplex.server.adapter_directory import AdapterReady
 from loraplex.server.device_batch import DeviceBatch, DeviceBatchMaker
 from loraplex.server.device_program import (
     Capacities,
+    Machine,
+    StepProgram,
     bucket_capacities,
     exact_capacities,
-    step_arrays,
-    step_fields,
 )
 from loraplex.server.messages import AdapterRef, Generate, SamplingParams
 from loraplex.server.scheduler import Scheduler
@@ -96,10 +98,13 @@ class _Buffers:
         pool_tokens: tokens whose K/V fits the pool.
     """
 
-    def __init__(self, pool_tokens: int) -> None:
+    def __init__(self, pool_tokens: int, max_pages: int = 4096) -> None:
         self._pool_tokens = pool_tokens
-        self._layouts: dict[Capacities, BufferLayout] = {}
-        self._host = np.empty(0, dtype=np.int32)
+        self._programs: dict[Capacities, StepProgram] = {}
+        self._ring = HostRing(torch.device("cpu"))
+        nothing: Any = None
+        page_table = torch.zeros((512, max_pages), dtype=torch.int32)
+        self._machine = Machine(nothing, torch.zeros(0), nothing, page_table, torch.zeros(0, dtype=torch.int64))
 
     def fill(self, batch: DeviceBatch) -> None:
         """Find the step's shape, and write its arrays and pages as it has them."""
@@ -107,13 +112,9 @@ class _Buffers:
             capacities = bucket_capacities(batch, self._pool_tokens, frozenset(), 0)
         else:
             capacities = exact_capacities(batch, frozenset(), 0)
-        if capacities not in self._layouts:
-            self._layouts[capacities] = BufferLayout(step_fields(capacities))
-        layout, pages = self._layouts[capacities], batch.pages
-        if len(self._host) < layout.size + pages.size:
-            self._host = np.empty(2 * (layout.size + pages.size), dtype=np.int32)
-        layout.fill(self._host[: layout.size], step_arrays(batch))
-        np.copyto(self._host[layout.size : layout.size + pages.size].reshape(pages.shape), pages)
+        if capacities not in self._programs:
+            self._programs[capacities] = StepProgram(capacities, self._machine)
+        self._programs[capacities].send(batch, self._ring)
 
 
 def adapters_of(mix: str, batch: int) -> list[AdapterRef | None]:

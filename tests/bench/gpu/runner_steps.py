@@ -12,9 +12,10 @@ from timing import captured
 
 from loraplex.kernels.lora_rows import ResidentAdapter
 from loraplex.kernels.step_adapters import LayerAdapters
+from loraplex.kernels.step_buffers import HostRing
 from loraplex.server.decoder import Decoder
 from loraplex.server.device_batch import DeviceBatch
-from loraplex.server.device_program import StepProgram, bucket_capacities, exact_capacities, step_arrays
+from loraplex.server.device_program import StepProgram, bucket_capacities, exact_capacities
 from loraplex.server.device_runner import DeviceRunner
 from loraplex.server.model_runner import ModelRunner
 from loraplex.server.step_plan import Chunk
@@ -130,9 +131,5 @@ class DeviceSteps:
             shared, page_table=torch.zeros_like(shared.page_table), sampled=torch.zeros_like(shared.sampled)
         )
         program = StepProgram(capacities, machine)
-        host = torch.zeros(program.layout.size, dtype=torch.int32)
-        program.layout.fill(host.numpy(), step_arrays(batch))
-        program.buffer.copy_(host)
-        count, width = batch.pages.shape
-        machine.page_table[:count, :width].copy_(torch.from_numpy(batch.pages.copy()))
+        program.send(batch, HostRing(machine.device))
         return program, batch
