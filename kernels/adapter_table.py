@@ -222,6 +222,12 @@ class AdapterTable:
         """[n, num_sites] ranks of units at consecutive sites, 0 where a site is absent; ``layer`` None: model sites."""
         return self._fields(units, layer, first_site, num_sites, RANK)
 
+    def ranks_by_column(self, units: npt.NDArray[np.integer[Any]], first_site: int, num_sites: int) -> Int32Array:
+        """[n, num_layers + 1, num_sites] ranks in every column, of layer or of model sites as the column has them."""
+        found = self._host["record_of"][units]
+        fields: Int32Array = self._host["records"][found, first_site : first_site + num_sites, RANK]
+        return np.where(found[:, :, None] == NO_RECORD, np.int32(0), fields)
+
     def gains_at(self, units: npt.NDArray[np.integer[Any]], layer: int | None, first_site: int, num_sites: int) -> bool:
         """Whether any of these units has gains at any of these sites."""
         # An image begins with a row of A, so no gains begin at 0, which stands where a site is absent.

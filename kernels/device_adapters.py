@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from loraplex.kernels.adapter_table import AdapterTable
+from loraplex.kernels.dense_linear import DenseLinear
 from loraplex.kernels.device_mixture import DeviceChoice, DeviceExperts, add_routed, run_experts
-from loraplex.kernels.lora_launch import StepWork, add_embedding, add_entries
+from loraplex.kernels.lora_launch import StepWork, add_embedding, add_entries, expand_entries, shrink_entries
 from loraplex.kernels.lora_rows import SiteGroup
 from loraplex.kernels.lora_tiles import DeviceEntries
 from loraplex.kernels.mixture import FFN
@@ -69,6 +70,7 @@ class DeviceAdapters:
         arriving: adapters of the step that are on their way.
         linear_lists, ffn_lists: what ``linear`` and ``ffn`` hold, where choices are noted.
         log: where they are noted; None if nobody asks.
+        beside: a stream for what can run beside the base's products; None runs all in order.
     """
 
     table: AdapterTable
@@ -80,11 +82,36 @@ class DeviceAdapters:
     linear_lists: RoutedLists | None = None
     ffn_lists: RoutedLists | None = None
     log: ChoiceLog | None = None
+    beside: torch.cuda.Stream | None = None
 
     def await_layer(self, layer: int) -> None:
         """As in ``LayerAdapters``."""
         for adapter in self.arriving:
             adapter.wait(layer)
+
+    @property
+    def has_experts(self) -> bool:
+        return self.ffn is not None
+
+    def run(
+        self, linear: DenseLinear, x: torch.Tensor, chunks: torch.Tensor, layer: int, group: SiteGroup
+    ) -> torch.Tensor:
+        """As in ``LayerAdapters``. What needs no base product runs beside it, on a stream of its own."""
+        if self.beside is None or self.entries is None:
+            y = linear(x)
+            self.add(y, x, chunks, layer, group, linear.bias)
+            return y
+        main = torch.cuda.current_stream()
+        self.beside.wait_stream(main)
+        with torch.cuda.stream(self.beside):
+            low = shrink_entries(x, chunks, self.table, *self.entries, layer, group)
+        y = linear(x)
+        # What the side stream frees it takes again only after its next wait, so nothing is overwritten in use.
+        main.wait_stream(self.beside)
+        if low is not None:
+            expand_entries(y, low, chunks, self.table, *self.entries, layer, group, bias=linear.bias)
+        self._add_routed(y, x, chunks, layer, group, linear.bias)
+        return y
 
     def add(
         self,
@@ -98,6 +125,17 @@ class DeviceAdapters:
         """As in ``LayerAdapters``."""
         if self.entries is not None:
             add_entries(y, x, chunks, self.table, *self.entries, layer, group, bias=bias)
+        self._add_routed(y, x, chunks, layer, group, bias)
+
+    def _add_routed(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        chunks: torch.Tensor,
+        layer: int,
+        group: SiteGroup,
+        bias: torch.Tensor | None,
+    ) -> None:
         if self.linear is not None:
             for site, choice in add_routed(y, x, chunks, self.table, self.linear, layer, group, bias):
                 self._note(layer, site, self.linear_lists, choice)

@@ -145,6 +145,15 @@ def count_by_tile(
     return -(-ranks.sum(axis=1) // launch.shrink.ranks), ((ranks > 0) * columns).sum(axis=1)
 
 
+def count_by_column(lists: EntryLists, table: AdapterTable, launch: GroupLaunch) -> tuple[Int64Array, Int64Array]:
+    """[columns] blocks of rank rows (of one part) and of columns in every column of the table."""
+    ranks = table.ranks_by_column(lists.tile_units, launch.first_site, len(launch.group.sites)).astype(np.int64)
+    columns = np.array(launch.facts[2 : 2 + len(launch.group.sites)])
+    shrink: Int64Array = (-(-ranks.sum(axis=2) // launch.shrink.ranks)).sum(axis=0)
+    expand: Int64Array = ((ranks > 0) * columns).sum(axis=(0, 2))
+    return shrink, expand
+
+
 def _unit_bytes(
     units: Int32Array, table: AdapterTable, layer: int | None, group: SiteGroup, dtype: torch.dtype
 ) -> Int64Array:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from loraplex.kernels.adapter_table import AdapterTable
-from loraplex.kernels.lora_grid import GroupLaunch, count_by_tile, resident_programs
+from loraplex.kernels.lora_grid import GroupLaunch, count_by_column, resident_programs
 from loraplex.kernels.lora_operators import Tensors
-from loraplex.kernels.lora_rows import SiteGroup
+from loraplex.kernels.lora_rows import Int64Array, SiteGroup
 from loraplex.kernels.lora_tiles import DeviceEntries, EntryLists
 
 __all__ = ["StepWork", "Tensors", "add_embedding", "add_entries"]
@@ -26,13 +26,14 @@ class StepWork:
             more. A column is a layer, the last one of a table is that of model sites.
         first_column: what the first of ``starts`` is.
         places: by sites, which of ``starts`` a group is, and how it is launched.
-        lists: of the same entries, where launches are made for them alone; None where they are made for any.
+        blocks: by sites, blocks of rank rows (of one part) and of columns in each column, where launches are made for
+            the entries of one step alone; empty where they are made for any.
     """
 
     starts: torch.Tensor
     first_column: int
     places: Mapping[tuple[str, ...], tuple[int, GroupLaunch]]
-    lists: EntryLists | None = None
+    blocks: Mapping[tuple[str, ...], tuple[Int64Array, Int64Array]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -51,7 +52,10 @@ class StepWork:
         }
         facts = [places[group.sites][1].facts for group in (*table.layer_groups, *table.model_groups)]
         starts = _count(entries, table, facts, len(table.layer_groups), 0, table.num_layers + 1)
-        return cls(starts, 0, places, lists)
+        if lists is None:
+            return cls(starts, 0, places)
+        blocks = {sites: count_by_column(lists, table, launch) for sites, (_, launch) in places.items()}
+        return cls(starts, 0, places, blocks)
 
     @classmethod
     def at(
@@ -114,7 +118,9 @@ def add_entries(
         gain_base: [E, sum of out_features], by slot: the base products that gains multiply, bias included; the rows of
             ``y`` by default.
     """
-    _add(y, x, chunks, table, entries, work, layer, group, bias, gain_base, lookup=False)
+    low = shrink_entries(x, chunks, table, entries, work, layer, group)
+    if low is not None:
+        expand_entries(y, low, chunks, table, entries, work, layer, group, bias=bias, gain_base=gain_base)
 
 
 def add_embedding(
@@ -134,11 +140,12 @@ def add_embedding(
         chunks: [num_chunks, 128], the whole arena, same dtype as ``x``.
         group: the embedding alone, whose input is as wide as the vocabulary.
     """
-    _add(x, tokens, chunks, table, entries, work, None, group, None, None, lookup=True)
+    low = _shrink(tokens, chunks, table, entries, work, None, group, 1, lookup=True)
+    if low is not None:
+        expand_entries(x, low, chunks, table, entries, work, None, group)
 
 
-def _add(
-    y: torch.Tensor,
+def shrink_entries(
     x: torch.Tensor,
     chunks: torch.Tensor,
     table: AdapterTable,
@@ -146,37 +153,41 @@ def _add(
     work: StepWork,
     layer: int | None,
     group: SiteGroup,
-    bias: torch.Tensor | None,
-    gain_base: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The first half of ``add_entries``, which needs no base product: ``A x`` of each entry.
+
+    Returns:
+        What ``expand_entries`` takes, [parts, E, R] float32; None where there is nothing to launch.
+    """
+    _, launch = work.places[group.sites]
+    low = _shrink(x, chunks, table, entries, work, layer, group, launch.parts, lookup=False)
+    if low is None or not launch.sums_first:
+        return low
+    summed: torch.Tensor = torch.ops.loraplex.sum_partial(low)
+    return summed
+
+
+def expand_entries(
+    y: torch.Tensor,
+    low: torch.Tensor,
+    chunks: torch.Tensor,
+    table: AdapterTable,
+    entries: DeviceEntries,
+    work: StepWork,
+    layer: int | None,
+    group: SiteGroup,
     *,
-    lookup: bool,
+    bias: torch.Tensor | None = None,
+    gain_base: torch.Tensor | None = None,
 ) -> None:
+    """The second half of ``add_entries``: add ``B`` times ``low``, of ``shrink_entries``, to ``y``."""
     index, launch = work.places[group.sites]
     column = table.num_layers if layer is None else layer
-    parts = 1 if lookup else launch.parts
-    shrink_blocks, expand_blocks = _blocks(entries, table, work, layer, launch, parts)
-    if not shrink_blocks:
+    _, blocks = _blocks(entries, work, column, launch)
+    if not blocks:
         return
-    starts_at = ((column - work.first_column) * work.starts.shape[1] + index) * 2 * work.starts.shape[3]
-    tiles = [entries.tile_units, entries.tile_firsts, entries.tile_counts, work.starts]
-    place = [column, table.page_chunks]
+    expand, sums = launch.expand, entries.sums
     sizes = [launch.first_site, group.in_features, *group.out_features]
-    shrink, expand, sums = launch.shrink, launch.expand, entries.sums
-    low = torch.ops.loraplex.paged_shrink(
-        x,
-        chunks,
-        table.tensors,
-        entries.x_rows,
-        tiles,
-        starts_at,
-        place,
-        sizes,
-        [launch.rank, parts, shrink.ranks, shrink.rows, shrink.chunks, shrink.warps, shrink.stages],
-        min(shrink_blocks, resident_programs(y.device, shrink.warps)),
-        lookup,
-    )
-    if launch.sums_first and not lookup:
-        low = torch.ops.loraplex.sum_partial(low)
     to = y if sums is None else y.new_empty((len(entries.slots), y.shape[1]), dtype=torch.float32)
     # An operator may not alias what it changes, so no base stands for the output itself.
     base = y if gain_base is None and sums is not None else gain_base
@@ -188,12 +199,12 @@ def _add(
         chunks,
         table.tensors,
         [entries.y_rows, entries.slots, entries.weights],
-        tiles,
-        starts_at + work.starts.shape[3],
-        place,
+        [entries.tile_units, entries.tile_firsts, entries.tile_counts, work.starts],
+        _starts_at(work, column, index) + work.starts.shape[3],
+        [column, table.page_chunks],
         sizes,
         [expand.columns, expand.ranks, expand.rows, expand.warps, expand.stages],
-        min(expand_blocks, resident_programs(y.device, expand.warps)),
+        min(blocks, resident_programs(y.device, expand.warps)),
         sums is not None,
         gain_base is not None,
         table.has_gains,
@@ -202,19 +213,52 @@ def _add(
         torch.ops.loraplex.sum_deltas(y, to, [sums.rows, sums.starts, sums.slot_units], table.tensors, column, sizes)
 
 
-def _blocks(
-    entries: DeviceEntries,
+def _shrink(
+    x: torch.Tensor,
+    chunks: torch.Tensor,
     table: AdapterTable,
+    entries: DeviceEntries,
     work: StepWork,
     layer: int | None,
-    launch: GroupLaunch,
+    group: SiteGroup,
     parts: int,
-) -> tuple[int, int]:
-    """Blocks of shrink and expand: those present where the host has lists, else as many as could have work."""
+    *,
+    lookup: bool,
+) -> torch.Tensor | None:
+    index, launch = work.places[group.sites]
+    column = table.num_layers if layer is None else layer
+    blocks, _ = _blocks(entries, work, column, launch)
+    if not blocks:
+        return None
+    shrink = launch.shrink
+    low: torch.Tensor = torch.ops.loraplex.paged_shrink(
+        x,
+        chunks,
+        table.tensors,
+        entries.x_rows,
+        [entries.tile_units, entries.tile_firsts, entries.tile_counts, work.starts],
+        _starts_at(work, column, index),
+        [column, table.page_chunks],
+        [launch.first_site, group.in_features, *group.out_features],
+        [launch.rank, parts, shrink.ranks, shrink.rows, shrink.chunks, shrink.warps, shrink.stages],
+        min(blocks * parts, resident_programs(x.device, shrink.warps)),
+        lookup,
+    )
+    return low
+
+
+def _starts_at(work: StepWork, column: int, index: int) -> int:
+    """Where shrink's starts of a group begin, in elements; those of expand follow."""
+    return ((column - work.first_column) * work.starts.shape[1] + index) * 2 * work.starts.shape[3]
+
+
+def _blocks(entries: DeviceEntries, work: StepWork, column: int, launch: GroupLaunch) -> tuple[int, int]:
+    """Blocks of rank rows (of one part) and of columns: those present where the host has counted them, else as many as
+    could have work."""
     if launch.idle:
         return 0, 0
-    if work.lists is None:
-        shrink, expand = launch.most_blocks(min(len(entries.tile_units), len(entries.slots)))
-    else:
-        shrink, expand = (int(blocks.sum()) for blocks in count_by_tile(work.lists, table, layer, launch))
-    return shrink * parts, expand
+    counted = work.blocks.get(launch.group.sites)
+    if counted is None:
+        return launch.most_blocks(min(len(entries.tile_units), len(entries.slots)))
+    shrink, expand = counted
+    return int(shrink[column]), int(expand[column])

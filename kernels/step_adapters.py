@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loraplex.kernels.dense_linear import DenseLinear
 from loraplex.kernels.lora import add_embedding_lora, add_lora
 from loraplex.kernels.lora_plan import EntryBatch
 from loraplex.kernels.lora_rows import Int64Array, ResidentAdapter, SiteGroup
@@ -86,8 +87,17 @@ class Experts(Protocol):
 class LayerAdapters(Protocol):
     """What the adapters of a step's rows change of the base's products, group by group."""
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any row is under a mixture of feed-forward networks."""
+
     def await_layer(self, layer: int) -> None:
         """Let what follows see the rows of this layer of adapters that are still on their way into the pool."""
+
+    def run(
+        self, linear: DenseLinear, x: torch.Tensor, chunks: torch.Tensor, layer: int, group: SiteGroup
+    ) -> torch.Tensor:
+        """``linear(x)``, and ``add`` to it."""
 
     def add(
         self,
@@ -149,8 +159,20 @@ class StepAdapters:
     embedding: tuple[EmbeddingRows, ...] = ()
     log: RouteLog | None = None
 
+    @property
+    def has_experts(self) -> bool:
+        return self.ffn is not None
+
     def await_layer(self, layer: int) -> None:
         """Adapters are copied before the step."""
+
+    def run(
+        self, linear: DenseLinear, x: torch.Tensor, chunks: torch.Tensor, layer: int, group: SiteGroup
+    ) -> torch.Tensor:
+        """As in ``LayerAdapters``."""
+        y = linear(x)
+        self.add(y, x, chunks, layer, group, linear.bias)
+        return y
 
     def add(
         self,

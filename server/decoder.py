@@ -118,24 +118,22 @@ class Decoder:
         arena: torch.Tensor,
     ) -> torch.Tensor:
         """A linear, or several over the same input, with what the adapters change of it."""
-        y = linear(x)
-        if adapters is not None:
-            adapters.add(y, x, arena.view(-1, 128), layer, group, linear.bias)
-        return y
+        if adapters is None:
+            return linear(x)
+        return adapters.run(linear, x, arena.view(-1, 128), layer, group)
 
     def _feed_forward(
         self, layer: int, x: torch.Tensor, adapters: LayerAdapters | None, arena: torch.Tensor
     ) -> torch.Tensor:
         weights = self._weights.layers[layer]
-        gate_up = weights.gate_up(x)
-        if adapters is None:
-            return weights.down(silu_mul(gate_up))
-        chunks = arena.view(-1, 128)
+        if adapters is None or not adapters.has_experts:
+            gate_up = self._linear(weights.gate_up, x, layer, self.gate_up_group, adapters, arena)
+            return self._linear(weights.down, silu_mul(gate_up), layer, self.down_group, adapters, arena)
+        chunks, gate_up = arena.view(-1, 128), weights.gate_up(x)
         experts = adapters.run_experts(gate_up, x, chunks, layer, self.gate_up_group, weights.gate_up.bias, "silu")
         adapters.add(gate_up, x, chunks, layer, self.gate_up_group, weights.gate_up.bias)
         h = silu_mul(gate_up) if experts is None else experts.combine(len(x), partial(silu_mul, gate_up))
-        down = weights.down(h)
-        adapters.add(down, h, chunks, layer, self.down_group, weights.down.bias)
+        down = adapters.run(weights.down, h, chunks, layer, self.down_group)
         if experts is not None:
             experts.add_down(down, chunks, layer, self.down_group, weights.down, weights.down.bias)
         return down

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -61,6 +62,7 @@ def build_device_runner(
         table,
         torch.zeros((config.max_running, max_pages), dtype=torch.int32, device=device),
         torch.zeros(config.max_running, dtype=torch.int64, device=device),
+        torch.cuda.Stream(device) if device.type == "cuda" else None,
         _flashinfer(config, traits, shape, windows, max_pages, device),
     )
     batches = DeviceBatchMaker(
@@ -72,7 +74,7 @@ def build_device_runner(
         prompt_tile=tile_queries(traits.num_heads, traits.num_kv_heads, traits.head_dim, shape.dtype),
         logs_routes=expert_counts is not None,
     )
-    limits = DeviceLimits(graph_rows=config.max_running, pool_tokens=info.num_pages * shape.page_tokens)
+    limits = DeviceLimits(graph_rows=config.max_running if config.graphs else 0, pool_tokens=info.num_pages * shape.page_tokens)
     runner = DeviceRunner(machine, batches, AdapterTransfer(arena, TransferStats()), limits, expert_counts)
     if device.type == "cuda":
         runner.prepare(windows)
@@ -107,4 +109,5 @@ def _flashinfer(
             graph_pages=rows * max_pages,
         )
 
-    return make
+    # Graphs of so many rows share them: each replay follows a plan, and none runs beside another.
+    return cache(make)

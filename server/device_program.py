@@ -18,6 +18,7 @@ from loraplex.kernels import lora_tiles, routed_lists
 from loraplex.kernels.adapter_table import AdapterTable
 from loraplex.kernels.device_adapters import Arriving, ChoiceLog, DeviceAdapters
 from loraplex.kernels.flashinfer_attention import FlashInferAttention
+from loraplex.kernels.graph_memory import borrowed
 from loraplex.kernels.lora_launch import StepWork
 from loraplex.kernels.lora_tiles import DeviceEntries, EntryLists
 from loraplex.kernels.paged_attention import PagedPlan
@@ -96,6 +97,7 @@ class Machine:
         table: of the adapters in the pool.
         page_table: [sequences, pages] int32.
         sampled: [sequences] int64, the tokens that the last launch sampled.
+        beside: a stream for what can run beside the base's products; None runs all in order.
         flashinfer: makes FlashInfer's kernels for steps of so many rows that decode (0: for any step), where those are
             used in place of ours.
     """
@@ -105,6 +107,7 @@ class Machine:
     table: AdapterTable
     page_table: torch.Tensor
     sampled: torch.Tensor
+    beside: torch.cuda.Stream | None = None
     flashinfer: Callable[[int], FlashInferAttention] | None = None
 
     @property
@@ -355,9 +358,10 @@ class StepProgram:
             pool: of memory that all graphs of the device share; they never run at once.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self._logits = self.run()
-        self._graph = graph
+        # Threads that read adapters allocate page-locked memory, which must not spoil what this one records.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            logits = self.run()
+        self._graph, self._logits = graph, borrowed(logits)
 
     def replay(self) -> torch.Tensor:
         """Run the captured step; its logits stand until the next replay of any graph."""
@@ -428,6 +432,7 @@ class StepProgram:
             None if lists is None else lists.linear,
             None if lists is None else lists.ffn,
             log,
+            machine.beside,
         )
 
     def _logit_adapters(self, batch: DeviceBatch | None, arriving: Sequence[Arriving]) -> DeviceAdapters | None:
