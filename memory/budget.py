@@ -14,6 +14,7 @@ _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 def available_bytes(device: torch.device) -> int:
     """Memory that a new allocation on the device could have now; on the host, a container's limit counts."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what was needed only to read the weights
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     available = int(psutil.virtual_memory().available)
@@ -31,16 +32,24 @@ def _read_number(file: Path) -> int | None:
         return None
 
 
-def count_pages(*, pool_bytes: int | None, memory_fraction: float, available: int, page_bytes: int) -> int:
+def count_pages(
+    *, pool_bytes: int | None, memory_fraction: float, available: int, page_bytes: int, step_bytes: int = 0
+) -> int:
     """Pages of the pool: of ``pool_bytes`` where given, else of a fraction of the available memory.
+
+    Args:
+        step_bytes: of the available memory, what steps need and the fraction is not of.
 
     Raises:
         ValueError: not even one page fits; the message has the numbers.
     """
-    budget = pool_bytes if pool_bytes is not None else int(available * memory_fraction)
+    budget = pool_bytes if pool_bytes is not None else int(max(available - step_bytes, 0) * memory_fraction)
     if budget > available:
         raise ValueError(f"pool_bytes is {budget}, but only {available} bytes are available on the device")
     num_pages = budget // page_bytes
     if num_pages < 1:
-        raise ValueError(f"the pool has {budget} bytes, but one page takes {page_bytes}")
+        raise ValueError(
+            f"the pool has {budget} bytes of {available} that are available, where steps may need {step_bytes}, but one "
+            f"page takes {page_bytes}"
+        )
     return num_pages

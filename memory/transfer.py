@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,11 +23,21 @@ the step loop that queues them, would wait for launches."""
 @dataclass(slots=True)
 class TransferStats:
     """What has been paged in since the start: adapters, their bytes, and the seconds that copies took, without the time
-    that they waited for their turn. Counted when a copy is known done."""
+    that they waited for their turn. Counted when a copy is known done.
+
+    Attributes:
+        recent: seconds of each adapter since ``take_recent``.
+    """
 
     adapters: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+
+    def take_recent(self) -> list[float]:
+        """The seconds of each adapter that arrived since the last call."""
+        recent, self.recent = self.recent, []
+        return recent
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +199,7 @@ def _count(stats: TransferStats, image: AdapterImage, seconds: float) -> None:
     stats.adapters += 1
     stats.num_bytes += image.data.nbytes
     stats.seconds += seconds
+    stats.recent.append(seconds)
 
 
 def _slices(

@@ -14,7 +14,7 @@ from loraplex.kernels.paged_attention import PagedAttention
 from loraplex.kernels.paged_prefill import tile_queries
 from loraplex.memory.arena import PageShape
 from loraplex.memory.kv_cache import KvCache
-from loraplex.memory.transfer import AdapterTransfer, TransferStats
+from loraplex.memory.transfer import TransferStats
 from loraplex.server.decoder import Decoder, heads_of, rotary_of
 from loraplex.server.device_batch import DeviceBatchMaker
 from loraplex.server.device_program import Machine
@@ -74,8 +74,10 @@ def build_device_runner(
         prompt_tile=tile_queries(traits.num_heads, traits.num_kv_heads, traits.head_dim, shape.dtype),
         logs_routes=expert_counts is not None,
     )
-    limits = DeviceLimits(graph_rows=config.max_running if config.graphs else 0, pool_tokens=info.num_pages * shape.page_tokens)
-    runner = DeviceRunner(machine, batches, AdapterTransfer(arena, TransferStats()), limits, expert_counts)
+    limits = DeviceLimits(
+        graph_rows=config.max_running if config.graphs else 0, pool_tokens=info.num_pages * shape.page_tokens
+    )
+    runner = DeviceRunner(machine, batches, TransferStats(), limits, expert_counts)
     if device.type == "cuda":
         runner.prepare(windows)
     return runner

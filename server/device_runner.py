@@ -16,7 +16,7 @@ from loraplex.kernels.device_adapters import ChoiceLog
 from loraplex.kernels.lora_rows import ResidentAdapter
 from loraplex.kernels.step_buffers import HostRing
 from loraplex.memory.adapter_image import AdapterImage
-from loraplex.memory.transfer import AdapterTransfer, Arrival
+from loraplex.memory.transfer import AdapterTransfer, Arrival, TransferStats
 from loraplex.server.device_batch import DeviceBatch, DeviceBatchMaker
 from loraplex.server.device_program import (
     NO_TABLE,
@@ -54,7 +54,7 @@ class DeviceRunner:
     Args:
         machine: what they run on.
         batches: makes their arrays.
-        transfer: pages adapters in.
+        transfers: counts what is paged in.
         limits: sizes.
         expert_counts: counts the choices of routers, where the metrics show them.
 
@@ -68,13 +68,14 @@ class DeviceRunner:
         self,
         machine: Machine,
         batches: DeviceBatchMaker,
-        transfer: AdapterTransfer,
+        transfers: TransferStats,
         limits: DeviceLimits,
         expert_counts: ExpertCounts | None = None,
     ) -> None:
         self._machine = machine
         self._batches = batches
-        self._transfer = transfer
+        self.transfers = transfers
+        self._transfer = AdapterTransfer(machine.arena, transfers)
         self._limits = limits
         self._expert_counts = expert_counts
         self._resident: dict[str, ResidentAdapter] = {}
@@ -85,7 +86,7 @@ class DeviceRunner:
         self._programs: dict[Capacities, StepProgram] = {}
         self._flashinfer = machine.flashinfer(0) if machine.flashinfer is not None else None
         self._is_cuda = machine.device.type == "cuda"
-        self._graph_pool: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
+        self._graph_pool: Any = None
 
     @property
     def expert_tokens(self) -> dict[str, list[int]]:
@@ -122,8 +123,16 @@ class DeviceRunner:
         kept = set(identities)
         for identity in [i for i in self._resident if i not in kept]:
             self._machine.table.remove(self._resident.pop(identity))
-        if not kept:
+        if not kept:  # after a failure
             self._batches.forget_all()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait until nothing is under way. RuntimeError where the device can be used no more."""
+        if self._is_cuda:
+            torch.cuda.synchronize(self._machine.device)
+        self._arriving, self._arrived = [], []
+        self._transfer.collect()
 
     def launch(self, chunks: list[Chunk]) -> PendingStep:
         """Queue a step: one forward pass over the chunks, behind all that was queued before."""
@@ -189,6 +198,9 @@ class DeviceRunner:
             return program.replay()
         logits = program.run()
         if self._is_cuda:
+            if not any(known.is_captured for known in self._programs.values()):
+                # One whose graphs are all gone cannot be captured into again.
+                self._graph_pool = torch.cuda.graph_pool_handle()
             program.capture(self._graph_pool)
         return logits
 

@@ -20,6 +20,7 @@ from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.adapter_store import AdapterStore
 from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
+from loraplex.memory.transfer import TransferStats
 from loraplex.server.adapter_directory import AdapterFailed, AdapterReady
 from loraplex.server.errors import EngineError, LoraplexError
 from loraplex.server.host_directory import HostDirectory
@@ -41,7 +42,7 @@ from loraplex.server.messages import (
     UnloadAdapter,
 )
 from loraplex.server.scheduler import Scheduler
-from loraplex.server.step_plan import Chunk, PageIn, PendingStep, StepPlan
+from loraplex.server.step_plan import Chunk, PendingStep, StepPlan
 
 _log = structlog.get_logger(__name__)
 
@@ -57,8 +58,12 @@ class StepRunner(Protocol):
     def expert_tokens(self) -> dict[str, list[int]]:
         """How often each expert was chosen, by identity, for the adapters with the most."""
 
+    @property
+    def transfers(self) -> TransferStats:
+        """What has been paged in."""
+
     def page_in(self, image: AdapterImage, pages: list[int]) -> None:
-        """Copy an adapter into its pages; from now on chunks may name it."""
+        """Copy an adapter into its pages, or begin to; from now on chunks may name it."""
 
     def keep_only(self, identities: Iterable[str]) -> None:
         """Forget adapters that left the pool."""
@@ -212,13 +217,8 @@ class Engine:
         if plan.page_ins:
             self._parts.runner.keep_only(self._parts.adapters.resident)
         for page_in in plan.page_ins:
-            self._page_in(page_in)
+            self._parts.runner.page_in(self._parts.directory.image(page_in.ref), page_in.pages)
         return self._parts.runner.launch(plan.chunks)
-
-    def _page_in(self, page_in: PageIn) -> None:
-        started = time.perf_counter()
-        self._parts.runner.page_in(self._parts.directory.image(page_in.ref), page_in.pages)
-        self._load_seconds.append(time.perf_counter() - started)
 
     def _poll_loads(self) -> None:
         """Answer the calls whose adapters have been read or have failed."""
@@ -253,6 +253,7 @@ class Engine:
         now = time.monotonic()
         if now - self._stats_at < self._stats_interval and self.has_work:
             return
+        self._load_seconds += self._parts.runner.transfers.take_recent()
         stats = self.stats()
         if stats != self._last_stats:
             self._events.append(stats)

@@ -35,6 +35,7 @@ from loraplex.server.progress import Progress
 from loraplex.server.routing_report import ExpertCounts
 from loraplex.server.scheduler import Scheduler
 from loraplex.server.scheduler_config import SchedulerConfig
+from loraplex.server.step_memory import POOL_FRACTION, step_bytes
 from loraplex.server.traits import ModelTraits, read_traits
 from loraplex.server.weights import CheckpointReader, DecoderWeights, load_weights
 
@@ -87,7 +88,7 @@ def build_engine(
     reader = CheckpointReader(folder, progress)
     weights = load_weights(reader, traits, dtype, device)
     shape = page_shape(traits.num_layers, traits.kv_size, config.page_tokens, dtype)
-    num_pages = _count_pages(config, shape, device)
+    num_pages = _count_pages(config, traits, shape, device)
     info = EngineInfo(
         model_path=str(folder),
         architecture=traits.architecture,
@@ -186,13 +187,15 @@ def _uses_triton(config: EngineConfig, device: torch.device) -> bool:
         raise EngineStartError(str(error), param="kernels") from None
 
 
-def _count_pages(config: EngineConfig, shape: PageShape, device: torch.device) -> int:
+def _count_pages(config: EngineConfig, traits: ModelTraits, shape: PageShape, device: torch.device) -> int:
+    is_cuda = device.type == "cuda"
     try:
         return count_pages(
             pool_bytes=config.pool_bytes,
-            memory_fraction=config.memory_fraction,
+            memory_fraction=config.memory_fraction or POOL_FRACTION[device.type],
             available=available_bytes(device),
             page_bytes=shape.page_bytes,
+            step_bytes=step_bytes(config, traits, shape.dtype) if is_cuda else 0,
         )
     except ValueError as error:
         raise EngineStartError(str(error), param="pool_bytes") from error

@@ -21,9 +21,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: DeviceName = "auto"
     kernels: KernelsName = "auto"
     attention: AttentionName = "auto"
+    graphs: bool = True
     graph_rank: int = 16
     pool_bytes: int | None = None
-    memory_fraction: float = 0.5
+    memory_fraction: float | None = None
     host_adapter_bytes: int = 4 << 30
     page_tokens: int = 16
     max_model_len: int | None = None

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from loraplex.kernels.device_arrays import to_device
 from loraplex.server.batch import LogitRow
 from loraplex.server.request import Sequence
-from loraplex.server.sampler import RankedLogprobs, SampledTensors, log_probabilities, sample_batch
+from loraplex.server.sampler import RankedLogprobs, SampledTensors, log_probabilities, sample_batch, send_arrays
 from loraplex.server.sampling_batch import SamplingBatch
 from loraplex.server.step_plan import Chunk, StepResult
 
@@ -99,7 +98,7 @@ def _rows(logits: torch.Tensor, places: list[int]) -> torch.Tensor:
 
 
 def _index(values: list[int], device: torch.device) -> torch.Tensor:
-    return to_device(np.array(values, dtype=np.int64), device)
+    return send_arrays({"index": np.array(values, dtype=np.int64)}, device)["index"]
 
 
 def _prompt_logprobs(logits: torch.Tensor, wanted: SequenceOf[LogitRow], places: list[int]) -> list[_PromptPart]:

@@ -9,7 +9,7 @@ import torch
 from loraplex.kernels.lora_rows import ResidentAdapter
 from loraplex.kernels.step_adapters import RouteLog
 from loraplex.memory.adapter_image import AdapterImage
-from loraplex.memory.transfer import page_in
+from loraplex.memory.transfer import AdapterTransfer, TransferStats
 from loraplex.server.batch import Batch, BatchMaker
 from loraplex.server.decoder import Decoder
 from loraplex.server.logit_results import read_logits
@@ -29,6 +29,7 @@ class ModelRunner:
     Attributes:
         runs_ahead: whether ``launch`` returns before the step is done and takes chunks that await a token of the step
             before; such a runner is given one step more before the result of the last one is taken.
+        transfers: what has been paged in.
     """
 
     runs_ahead: bool = False
@@ -41,6 +42,8 @@ class ModelRunner:
         self._batches = batches
         self._expert_counts = expert_counts
         self._resident: dict[str, ResidentAdapter] = {}
+        self.transfers = TransferStats()
+        self._transfer = AdapterTransfer(arena, self.transfers)
 
     @property
     def expert_tokens(self) -> dict[str, list[int]]:
@@ -49,7 +52,7 @@ class ModelRunner:
 
     def page_in(self, image: AdapterImage, pages: list[int]) -> None:
         """Copy an adapter into its pages; from now on chunks may name it."""
-        page_in(image, self._arena, pages)
+        self._transfer.page_in(image, pages)
         num_layers, num_pages, page_elems = self._arena.shape
         self._resident[image.identity] = ResidentAdapter(
             image.layout, pages, page_elems // 128, num_layers, num_pages, image.routing, image.token_routes

@@ -103,7 +103,7 @@ def sample_batch(logits: torch.Tensor, batch: SamplingBatch) -> SampledTensors:
     """Tokens and log-probabilities of all rows of ``logits`` [n, vocabulary] float32, which are changed in place."""
     if not batch.num_top:
         return SampledTensors(batch, choose_tokens(logits, batch), None)
-    rows = _send({"rows": batch.logprob_rows}, logits.device)["rows"]
+    rows = send_arrays({"rows": batch.logprob_rows}, logits.device)["rows"]
     logprobs = log_probabilities(logits.index_select(0, rows))
     tokens = choose_tokens(logits, batch)
     return SampledTensors(batch, tokens, RankedLogprobs.of(logprobs, tokens.index_select(0, rows), max(batch.num_top)))
@@ -114,7 +114,7 @@ def choose_tokens(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
     The host waits for nothing: what it knows is copied to the device at once, and nothing is read back.
     """
-    arrays = _send(batch.arrays, logits.device)
+    arrays = send_arrays(batch.arrays, logits.device)
     _adjust(logits, arrays)
     if "random_rows" not in arrays:
         return logits.argmax(-1)
@@ -143,11 +143,11 @@ def token_logprobs(logprobs: torch.Tensor, tokens: SequenceOf[int], num_top: Seq
         tokens: n token ids.
         num_top: for each of them how many of the best to report.
     """
-    given = _send({"tokens": np.array(tokens, dtype=np.int64)}, logprobs.device)["tokens"]
+    given = send_arrays({"tokens": np.array(tokens, dtype=np.int64)}, logprobs.device)["tokens"]
     return RankedLogprobs.of(logprobs, given, max(num_top, default=0)).read(tokens, num_top)
 
 
-def _send(arrays: Mapping[str, Array], device: torch.device) -> dict[str, torch.Tensor]:
+def send_arrays(arrays: Mapping[str, Array], device: torch.device) -> dict[str, torch.Tensor]:
     """Arrays on a device, by one copy that the host does not wait for."""
     starts: dict[str, int] = {}
     size = 0

@@ -19,7 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from loraplex.server.engine_config import AttentionName, DeviceName, DtypeName, EngineConfig
+from loraplex.server.engine_config import AttentionName, DeviceName, DtypeName, EngineConfig, KernelsName
 from loraplex.server.errors import InvalidRequestError
 from loraplex.server.http_config import HttpConfig
 
@@ -61,6 +61,11 @@ class Settings(BaseSettings):
 
     dtype: DtypeName = Field("auto", description="auto: the checkpoint's, or float32 on a CPU without fast bfloat16.")
     device: DeviceName = Field("auto", description="auto: cuda where there is one and this version has kernels for it.")
+    kernels: KernelsName = Field(
+        "auto",
+        description="What steps run by; auto: triton on CUDA where Triton is installed, else plain, which is PyTorch's "
+        "operators and slow on a GPU.",
+    )
     attention: AttentionName = Field(
         "auto",
         description="Attention on CUDA; auto: triton, the same to the last bit in any batch. flashinfer is not, and "
@@ -72,11 +77,19 @@ class Settings(BaseSettings):
     pool_bytes: ByteSize | None = Field(
         None, gt=0, description="Size of the pool that K/V and adapters share, e.g. 8GiB."
     )
-    memory_fraction: float = Field(
-        0.5,
+    memory_fraction: float | None = Field(
+        None,
         gt=0,
         le=1,
-        description="Size of the pool as a share of the memory left after the weights; if no pool_bytes.",
+        description="Size of the pool as a share of the memory left after the weights and, on CUDA, after what steps "
+        "need; if no pool_bytes. 0.9 on CUDA and 0.5 on a CPU if absent.",
+    )
+    graph_rank: int = Field(
+        16,
+        ge=0,
+        le=512,
+        description="On CUDA: rank of adapters that decoding is captured for at the start. Larger ones are served too; "
+        "the first of them makes graphs be captured again.",
     )
     page_tokens: int = Field(16, ge=1, le=1024, description="Tokens whose K/V a page holds.")
     host_adapter_bytes: ByteSize = Field(
