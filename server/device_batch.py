@@ -8,7 +8,7 @@ last launch sampled for its sequence, which is taken on the device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from loraplex.memory.kv_cache import KvCache
 from loraplex.server.batch import LogitRow, Piece, wanted_logits
 from loraplex.server.device_entries import EntryMaker, Span, StepEntries
 from loraplex.server.lanes import Lanes
+from loraplex.server.request import Sequence as TokenSequence
 from loraplex.server.step_plan import Chunk
 
 Array = npt.NDArray[Any]
@@ -65,6 +66,18 @@ class DeviceBatch:
         return self.logit_entries is None
 
 
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """A step in which every sequence decoded and nothing else was wanted, so that the next one is as good as known."""
+
+    sequences: list[TokenSequence]
+    lanes: Int64Array
+    starts: Int64Array
+    tokens: Int32Array
+    sources: Int32Array
+    entries: StepEntries
+
+
 class DeviceBatchMaker:
     """Makes the batches of a device.
 
@@ -94,6 +107,7 @@ class DeviceBatchMaker:
         self._prompt_tile = prompt_tile
         self._logs_routes = logs_routes
         self._launches = 0
+        self._decoding: _Decoding | None = None
         self._splits: dict[int | None, tuple[Int32Array, Int32Array, Int32Array]] = {}
         self._lanes = Lanes(kv, table, max_sequences, max_pages)
         self._entries = EntryMaker(table, self._lanes)
@@ -102,12 +116,16 @@ class DeviceBatchMaker:
     def forget_all(self) -> None:
         """After a failure: what was looked up is looked up again."""
         self._lanes.forget_all()
+        self._decoding = None
 
     def make(self, chunks: Sequence[Chunk], resident: Mapping[str, ResidentAdapter]) -> DeviceBatch:
         """The arrays of a step over ``chunks``, whose adapters are in ``resident`` by identity.
 
         Each call is a launch: the next one may take the tokens that this one samples from the device.
         """
+        last, self._decoding = self._decoding, None
+        if last is not None and [chunk[0] for chunk in chunks] == last.sequences:
+            return self._go_on(chunks, last)
         ordered, columns = chunks, tuple(zip(*chunks))
         starts, stops = _integers(columns[1]), _integers(columns[2])
         rows = stops - starts
@@ -139,6 +157,9 @@ class DeviceBatchMaker:
         logit_rows, logit_entries = None, None
         if num_decodes < len(rows) or not all(samples) or any(prompt_logprobs):
             logit_rows, logit_entries = self._plan_logits(arrays, ordered, lanes, first_rows)
+        elif log is None and self._entries.keeps_all:
+            no_tokens, sources = np.zeros(len(rows), dtype=np.int32), np.arange(len(rows), dtype=np.int32)
+            self._decoding = _Decoding(list(sequences), lanes, starts, no_tokens, sources, entries)
         self._launches += 1
         if not all(samples):
             sampling = np.flatnonzero(samples)
@@ -155,6 +176,28 @@ class DeviceBatchMaker:
             pieces,
             log,
         )
+
+    def _go_on(self, chunks: Sequence[Chunk], last: _Decoding) -> DeviceBatch:
+        """The next token of each sequence of the last step, which sampled it."""
+        starts = last.starts + 1
+        assert (chunks[0].start, chunks[-1].stop) == (starts[0], starts[-1] + 1), (
+            "a sequence has not gone on by one token"
+        )
+        stops, lanes = starts + 1, last.lanes
+        self._lanes.read_new_pages(last.sequences, lanes, stops)
+        page, place = np.divmod(starts, self._page_tokens)
+        arrays: dict[str, Array] = {
+            "positions": starts.astype(np.int32),
+            "slots": (self._lanes.pages[lanes, page] * (2 * self._page_tokens) + place).astype(np.int32),
+            "tokens": last.tokens,
+            "sources": last.sources,
+        }
+        self._plan_attention(arrays, stops, stops - starts, len(starts))
+        pages = self._lanes.pages[lanes, : int(page.max()) + 1]
+        self._launches += 1
+        self._lanes.note_samples(lanes, stops, self._launches)
+        self._decoding = replace(last, starts=starts)
+        return DeviceBatch(chunks, len(starts), arrays, pages, last.entries, None, None, [], None)
 
     def _add_tokens(
         self,

@@ -19,6 +19,7 @@ from loraplex.kernels.lora_tiles import EntryLists, list_entries
 from loraplex.kernels.router_plan import RoutedRows
 from loraplex.kernels.step_adapters import RouteLog, RouteRecord
 from loraplex.server.lanes import NO_UNIT, Lanes
+from loraplex.server.request import NEVER
 from loraplex.server.step_plan import Chunk
 
 Float32Array = npt.NDArray[np.float32]
@@ -99,6 +100,14 @@ class EntryMaker:
         self._key = (lanes.version, lane_of_row, acts) if can_keep else None
         self._last = self._list_rows(np.where(acts, lanes.units[lane_of_row], NO_UNIT), positions, special, log, routes)
         return self._last
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the last call's entries hold for the rows' next tokens too: adapters act on them, or never will."""
+        if self._key is None:
+            return False
+        _, lanes, acts = self._key
+        return bool((acts | (self._lanes.acts_from[lanes] == NEVER)).all())
 
     def _is_last(self, lane_of_row: Int64Array, acts: npt.NDArray[np.bool_]) -> bool:
         """Whether these are the rows of the last call, under the same adapters."""

@@ -59,6 +59,7 @@ class Lanes:
 
     def __init__(self, kv: KvCache, table: AdapterTable, capacity: int, max_pages: int) -> None:
         self._kv = kv
+        self._page_tokens = kv.page_tokens
         self._table = table
         size = 2 * capacity  # so that lanes of sequences that have left are given up only now and then
         self.pages = np.zeros((size, max_pages), dtype=np.int32)
@@ -80,20 +81,21 @@ class Lanes:
         self, chunks: Sequence[Chunk], sequences: Sequences, stops: Int64Array, resident: Mapping[str, ResidentAdapter]
     ) -> Int64Array:
         """[n] the lane of each chunk's sequence, with its pages for tokens up to ``stops [n]`` and its adapters."""
-        replaced = self._kv.take_replaced()
         if sequences != self._last_sequences:
             here = {sequence.seq_id for sequence in sequences}
             self._last = np.array([self._find(chunk, here, resident) for chunk in chunks], dtype=np.int64)
             self._last_sequences = sequences
-        lanes = self._last
-        for seq_id in replaced:
+        self.read_new_pages(sequences, self._last, stops)
+        return self._last
+
+    def read_new_pages(self, sequences: Sequence[TokenSequence], lanes: Int64Array, stops: Int64Array) -> None:
+        """Bring the page lists of lanes up to date for tokens up to ``stops [n]``."""
+        for seq_id in self._kv.take_replaced():
             if seq_id in self._lanes:
                 self._read_pages(self._lanes[seq_id], seq_id, 0)
-        short = np.flatnonzero(self.num_pages[lanes] * self._kv.page_tokens < stops)
-        for place in short.tolist():
+        for place in np.flatnonzero(self.num_pages[lanes] * self._page_tokens < stops).tolist():
             lane = self._lanes[sequences[place].seq_id]
             self._read_pages(lane, sequences[place].seq_id, int(self.num_pages[lane.index]))
-        return lanes
 
     def assignment(self, chunk: Chunk) -> Assignment:
         """The adapters of a chunk's sequence."""
