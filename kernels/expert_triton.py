@@ -9,9 +9,9 @@ from __future__ import annotations
 from loraplex.kernels.adapter_table import FIELDS as _FIELDS
 from loraplex.kernels.lora_rows import CHUNK as _CHUNK
 from loraplex.kernels.lora_triton import chunk_elements
-from loraplex.kernels.route_triton import step_jit
+from loraplex.kernels.route_triton import routed_jit
 from loraplex.kernels.routed_lists import ACTIVATION_CODES
-from loraplex.kernels.triton_runtime import jit, tl
+from loraplex.kernels.triton_runtime import jit, load_fact, tl
 
 FIELDS = tl.constexpr(_FIELDS) if tl else _FIELDS
 CHUNK = tl.constexpr(_CHUNK) if tl else _CHUNK
@@ -86,7 +86,7 @@ def site_product(
     return product
 
 
-@step_jit
+@routed_jit
 def expert_hidden_kernel(
     hidden_ptr: tl.tensor,
     base_ptr: tl.tensor,
@@ -140,14 +140,14 @@ def expert_hidden_kernel(
         entry = block % tile_blocks * block_rows + tl.arange(0, block_rows)
         count = tl.load(tile_counts_ptr + tile)
         if block % tile_blocks * block_rows < count:
-            unit = tl.load(tile_units_ptr + tile)
+            unit = load_fact(tile_units_ptr + tile)
             first = tl.load(tile_firsts_ptr + tile)
             has_entry = entry < count
-            record = tl.load(record_of_ptr + unit * (num_layers + 1) + layer)
+            record = load_fact(record_of_ptr + unit * (num_layers + 1) + layer)
             known = record >= 0
             site = tl.maximum(record, 0) * table_sites + first_site
             gate_ptr = records_ptr + site * FIELDS
-            unit_pages_ptr = pages_ptr + tl.load(first_page_ptr + unit)
+            unit_pages_ptr = pages_ptr + load_fact(first_page_ptr + unit)
             slot = tl.load(slots_ptr + first + entry, mask=has_entry, other=0).to(tl.int64)
             row = tl.load(sorted_rows_ptr + first + entry, mask=has_entry, other=0).to(tl.int64)
             code = tl.load(activations_ptr + tl.load(slots_ptr + first) // most)
@@ -213,7 +213,7 @@ def expert_hidden_kernel(
         block += tl.num_programs(0)
 
 
-@jit
+@routed_jit
 def combine_kernel(
     to_ptr: tl.tensor,
     hidden_ptr: tl.tensor,
@@ -248,7 +248,7 @@ def combine_kernel(
         tl.store(to_ptrs, acc.to(to_ptr.dtype.element_ty), mask=inside & (filled > 0))
 
 
-@jit
+@routed_jit
 def share_bias_kernel(
     y_ptr: tl.tensor,
     bias_ptr: tl.tensor,

@@ -5,8 +5,17 @@ They go by the rules that ``lora_triton.py`` states.
 
 from __future__ import annotations
 
-from loraplex.kernels.lora_triton import CHUNK, FIELDS, chunk_elements, launch_jit, load_rows, multiply, tile_of_block
-from loraplex.kernels.triton_runtime import jit, tl
+from loraplex.kernels.lora_triton import (
+    CHUNK,
+    FIELDS,
+    chunk_elements,
+    first_ends,
+    launch_jit,
+    load_rows,
+    multiply,
+    tile_of_block,
+)
+from loraplex.kernels.triton_runtime import jit, load_fact, tl
 
 
 @jit
@@ -22,7 +31,8 @@ def site_of_block(
     """Which of a group's present sites, and which block of its columns, a block belongs to.
 
     Returns:
-        Index of the site, block of columns, width of the site, columns before it, its rank, ranks before it.
+        Index of the site, block of columns, width of the site, columns before it, its rank, ranks before it, and where
+        its B begins.
     """
     mine = 0
     place = 0
@@ -30,12 +40,14 @@ def site_of_block(
     left = 0
     rank = 0
     rank_before = 0
+    start = 0
     blocks_before = 0
     all_ranks = 0
     columns_before = 0
     for site in tl.static_range(num_sites):
         out = out_0 if site == 0 else (out_1 if site == 1 else out_2)
-        more = tl.load(sites_ptr + site * FIELDS)
+        more = load_fact(sites_ptr + site * FIELDS)
+        its_start = load_fact(sites_ptr + site * FIELDS + 2)
         blocks = tl.where(more > 0, (out + block_columns - 1) // block_columns, 0)
         here = (block >= blocks_before) & (block < blocks_before + blocks)
         mine = tl.where(here, site, mine)
@@ -44,10 +56,11 @@ def site_of_block(
         left = tl.where(here, columns_before, left)
         rank = tl.where(here, more, rank)
         rank_before = tl.where(here, all_ranks, rank_before)
+        start = tl.where(here, its_start, start)
         blocks_before += blocks
         all_ranks += more
         columns_before += out
-    return mine, place, width, left, rank, rank_before
+    return mine, place, width, left, rank, rank_before, start
 
 
 @jit
@@ -101,6 +114,7 @@ def expand_kernel(
     column: tl.tensor,
     num_layers: tl.tensor,
     layer_chunks: tl.tensor,
+    tiles: tl.tensor,
     first_site: tl.constexpr,
     num_sites: tl.constexpr,
     table_sites: tl.constexpr,
@@ -110,7 +124,6 @@ def expand_kernel(
     parts: tl.constexpr,
     page_chunks: tl.constexpr,
     striped: tl.constexpr,
-    tiles: tl.constexpr,
     rows: tl.constexpr,
     block_ranks: tl.constexpr,
     block_columns: tl.constexpr,
@@ -127,24 +140,24 @@ def expand_kernel(
     """
     starts_ptr += starts_at
     lane = tl.arange(0, block_columns)
-    total = tl.load(starts_ptr + tiles)
+    near = first_ends(starts_ptr, tiles)
+    total = load_fact(starts_ptr + tiles)
     block = tl.program_id(0)
     while block < total:
-        tile = tile_of_block(starts_ptr, block, tiles)
-        inner = block - tl.load(starts_ptr + tile)
-        unit = tl.load(tile_units_ptr + tile)
-        first = tl.load(tile_firsts_ptr + tile)
-        count = tl.load(tile_counts_ptr + tile)
-        record = tl.load(record_of_ptr + unit * (num_layers + 1) + column)
+        tile = tile_of_block(starts_ptr, near, block, tiles)
+        inner = block - load_fact(starts_ptr + tile)
+        unit = load_fact(tile_units_ptr + tile)
+        first = load_fact(tile_firsts_ptr + tile)
+        count = load_fact(tile_counts_ptr + tile)
+        record = load_fact(record_of_ptr + unit * (num_layers + 1) + column)
         sites_ptr = records_ptr + (record * table_sites + first_site) * FIELDS
-        mine, place, width, left, rank, rank_before = site_of_block(
+        mine, place, width, left, rank, rank_before, start = site_of_block(
             sites_ptr, inner, num_sites, out_0, out_1, out_2, block_columns
         )
         site_ptr = sites_ptr + mine * FIELDS
-        start = tl.load(site_ptr + 2)
-        scale = tl.load(scales_ptr + record * table_sites + first_site + mine)
+        scale = load_fact(scales_ptr + record * table_sites + first_site + mine)
         stride = (width + CHUNK - 1) // CHUNK
-        unit_pages_ptr = pages_ptr + tl.load(first_page_ptr + unit)
+        unit_pages_ptr = pages_ptr + load_fact(first_page_ptr + unit)
         feature = place * block_columns + lane
         chunk = feature // CHUNK
         begin = 0
@@ -152,11 +165,16 @@ def expand_kernel(
             entry = begin + tl.arange(0, rows)
             has_entry = entry < count
             weight = tl.load(weights_ptr + first + entry, mask=has_entry, other=0.0)
+            y_row = tl.load(y_rows_ptr + first + entry, mask=has_entry, other=0).to(tl.int64)
             acc = tl.zeros((block_columns, rows), tl.float32)
             row_start = 0
             while row_start < rank:
                 row = row_start + tl.arange(0, block_ranks)
                 has_row = row < rank
+                # What is near comes first, as B is waited for.
+                inside = has_row[:, None] & has_entry[None, :]
+                low_ptrs = low_ptr + (first + entry)[None, :] * low_stride + (rank_before + row)[:, None]
+                low = sum_parts(low_ptrs, low_part, inside, parts, 7)
                 b = load_rows(
                     chunks_ptr,
                     unit_pages_ptr,
@@ -172,13 +190,9 @@ def expand_kernel(
                     block_ranks,
                     block_columns // CHUNK,
                 )
-                inside = has_row[:, None] & has_entry[None, :]
-                low_ptrs = low_ptr + (first + entry)[None, :] * low_stride + (rank_before + row)[:, None]
-                low = sum_parts(low_ptrs, low_part, inside, parts, 4)
                 acc = multiply(tl.trans(b), low.to(b.dtype), acc, wide)
                 row_start += block_ranks
             delta = acc * (weight * scale)[None, :]
-            y_row = tl.load(y_rows_ptr + first + entry, mask=has_entry, other=0).to(tl.int64)
             inside = (feature < width)[:, None] & has_entry[None, :]
             if gains:
                 gain_start = tl.load(site_ptr + 3)

@@ -23,7 +23,9 @@ SUMMED_IN_EXPAND = 256
 MOST_PARTIAL_BYTES = 128 << 20
 """Of partial sums. Where they were more, shrink sums over the whole input, in fewer and longer blocks."""
 
-WARPS_OF_PROCESSOR = 64
+WARPS_OF_PROCESSOR = 32
+"""Of a launch on a multiprocessor at most: twice as many as registers let run at once. More would only be launched to
+find that there is no work for them, where a captured launch has room for more than a step has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,11 @@ SUM_WARPS = 4
 SUM_PROGRAMS = 8192
 """Of a launch of row sums at most; each then does several blocks in turn."""
 
+COUNT_TILES = 256
+"""Tiles that a block of ``count_work`` counts at a time."""
+
+COUNT_WARPS = 4
+
 PARTIAL_BLOCK = 1024
 """Elements of a block of ``sum_partial``."""
 
@@ -68,7 +73,7 @@ def _widths(sizes: Sequence[int]) -> dict[str, int]:
     return {f"out_{site}": widths[site] for site in range(3)}
 
 
-def _count(
+def launch_count(
     tiles: Tensors,
     record_of: torch.Tensor,
     records: torch.Tensor,
@@ -86,14 +91,15 @@ def _count(
         records,
         first_column,
         record_of.shape[1] - 1,
+        len(tiles[0]),
+        pitch,
         facts=tuple(facts),
         layer_groups=layer_groups,
         all_groups=len(facts) // FACTS,
         groups=groups,
         table_sites=records.shape[1],
-        tiles=len(tiles[0]),
-        pitch=pitch,
-        num_warps=4 if len(tiles[0]) <= 512 else 8,
+        block=COUNT_TILES,
+        num_warps=COUNT_WARPS,
     )
     return starts
 
@@ -104,7 +110,7 @@ def _starts(tiles: Tensors, facts: list[int], layer_groups: int, columns: int) -
     return tiles[0].new_empty((columns, groups, 2, pitch))
 
 
-def _shrink(
+def launch_shrink(
     x: torch.Tensor,
     chunks: torch.Tensor,
     table: Tensors,
@@ -129,7 +135,6 @@ def _shrink(
         "in_features": sizes[1],
         "page_chunks": page_chunks,
         "striped": column == num_layers,
-        "tiles": len(tiles[0]),
         "rows": rows,
         "block_ranks": ranks,
         "num_warps": warps,
@@ -140,12 +145,13 @@ def _shrink(
     scalars = (starts_at, len(x_rows) * rank, rank, x.stride(0), column, num_layers)
     layer_chunks = _layer_chunks(chunks, num_layers, column)
     if lookup:
-        lookup_kernel[(programs,)](*arguments, *scalars, layer_chunks, **common)
+        lookup_kernel[(programs,)](*arguments, *scalars, layer_chunks, len(tiles[0]), **common)
         return low
     shrink_kernel[(programs,)](
         *arguments,
         *scalars,
         layer_chunks,
+        len(tiles[0]),
         parts=parts,
         splits=split_count(sizes[1]),
         split_chunks=SPLIT_CHUNKS,
@@ -161,7 +167,7 @@ def _low(x: torch.Tensor, x_rows: torch.Tensor, shape: list[int]) -> torch.Tenso
     return torch.empty((parts, len(x_rows), rank), dtype=torch.float32, device=x.device)
 
 
-def _expand(
+def launch_expand(
     to: torch.Tensor,
     base: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -205,6 +211,7 @@ def _expand(
         column,
         num_layers,
         _layer_chunks(chunks, num_layers, column),
+        len(tiles[0]),
         first_site=sizes[0],
         num_sites=len(sizes) - 2,
         table_sites=records.shape[1],
@@ -212,7 +219,6 @@ def _expand(
         parts=low.shape[0],
         page_chunks=page_chunks,
         striped=column == num_layers,
-        tiles=len(tiles[0]),
         rows=rows_at_a_time,
         block_ranks=ranks,
         block_columns=columns,
@@ -227,7 +233,7 @@ def _expand(
     )
 
 
-def _sum_partial(low: torch.Tensor) -> torch.Tensor:
+def launch_sum_partial(low: torch.Tensor) -> torch.Tensor:
     summed = _sum_partial_fake(low)
     sum_partial_kernel[(-(-summed.numel() // PARTIAL_BLOCK),)](
         summed, low, low.stride(0), parts=low.shape[0], block=PARTIAL_BLOCK, num_warps=4, enable_fp_fusion=False
@@ -239,7 +245,7 @@ def _sum_partial_fake(low: torch.Tensor) -> torch.Tensor:
     return low.new_empty((1, *low.shape[1:]))
 
 
-def _sum_deltas(
+def launch_sum_deltas(
     y: torch.Tensor, deltas: torch.Tensor, sums: Tensors, table: Tensors, column: int, sizes: list[int]
 ) -> None:
     rows, starts, slot_units = sums
@@ -288,11 +294,11 @@ def _changes_in_place(*_: object) -> None:
 
 
 for _name, _launch, _fake in (
-    ("count_work", _count, _count_fake),
-    ("paged_shrink", _shrink, _shrink_fake),
-    ("paged_expand", _expand, _changes_in_place),
-    ("sum_partial", _sum_partial, _sum_partial_fake),
-    ("sum_deltas", _sum_deltas, _changes_in_place),
+    ("count_work", launch_count, _count_fake),
+    ("paged_shrink", launch_shrink, _shrink_fake),
+    ("paged_expand", launch_expand, _changes_in_place),
+    ("sum_partial", launch_sum_partial, _sum_partial_fake),
+    ("sum_deltas", launch_sum_deltas, _changes_in_place),
 ):
     torch.library.register_fake(f"loraplex::{_name}", _fake)
     _library.impl(_name, _launch, "CPU" if INTERPRETED else "CUDA")

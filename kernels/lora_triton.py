@@ -10,39 +10,65 @@ A program takes every n-th block; which blocks there are is read from the starts
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from loraplex.kernels.adapter_table import FIELDS as _FIELDS
 from loraplex.kernels.lora_rows import CHUNK as _CHUNK
-from loraplex.kernels.triton_runtime import jit, tl, triton
+from loraplex.kernels.triton_runtime import jit, load_fact, step_jit, tl
 
 FIELDS = tl.constexpr(_FIELDS) if tl else _FIELDS
 CHUNK = tl.constexpr(_CHUNK) if tl else _CHUNK
+NO_END = tl.constexpr(2**31 - 1) if tl else 2**31 - 1
 
+SEARCH = tl.constexpr(64) if tl else 64
+"""Starts of tiles that are looked through at a time."""
 
-WIDE_SEARCH = tl.constexpr(256) if tl else 256
+VARYING = ("starts_at", "column", "first_column", "num_rows", "tiles", "pitch")
+"""Integers that differ from layer to layer or from step to step."""
+
+STEP_ARRAYS = (
+    "x_rows_ptr",
+    "y_rows_ptr",
+    "slots_ptr",
+    "weights_ptr",
+    "tile_units_ptr",
+    "tile_firsts_ptr",
+    "tile_counts_ptr",
+    "rows_ptr",
+    "row_starts_ptr",
+    "slot_units_ptr",
+)
+"""Arrays of a step, which may begin anywhere in a buffer."""
 
 
 def launch_jit(kernel: Callable[..., Any]) -> Any:
-    """``jit``, with one compilation for all layers and places in ``starts``."""
-    varying = ["starts_at", "column", "first_column", "num_rows", "low_part"]
-    taken = [name for name in varying if name in inspect.signature(kernel).parameters]
-    return kernel if triton is None else triton.jit(do_not_specialize=taken)(kernel)
+    """``jit``, with one compilation for all layers, capacities and places in buffers."""
+    return step_jit(numbers=VARYING, arrays=STEP_ARRAYS)(kernel)
 
 
 @jit
-def tile_of_block(starts_ptr: tl.tensor, block: tl.tensor, tiles: tl.constexpr) -> tl.tensor:
-    """The tile whose blocks include ``block``: how many tiles end at or before it."""
-    if tiles <= WIDE_SEARCH:
-        ends = tl.load(starts_ptr + 1 + tl.arange(0, tiles))
-        return tl.sum((ends <= block).to(tl.int32), 0)
-    # First among ends 64 tiles apart, then among the 64 before the one found: two short loads.
-    far = tl.load(starts_ptr + 64 + 64 * tl.arange(0, tiles // 64))
-    before = 64 * tl.sum((far <= block).to(tl.int32), 0)
-    near = tl.load(starts_ptr + before + 1 + tl.arange(0, 64))
-    return before + tl.sum((near <= block).to(tl.int32), 0)
+def first_ends(starts_ptr: tl.tensor, tiles: tl.tensor) -> tl.tensor:
+    """[SEARCH] where the blocks of the first tiles end, which all blocks of a launch look through."""
+    tile = 1 + tl.arange(0, SEARCH)
+    return tl.load(starts_ptr + tile, mask=tile <= tiles, other=NO_END, eviction_policy="evict_last")
+
+
+@jit
+def tile_of_block(starts_ptr: tl.tensor, ends: tl.tensor, block: tl.tensor, tiles: tl.tensor) -> tl.tensor:
+    """The tile whose blocks include ``block``: how many tiles end at or before it. ``ends``: of ``first_ends``."""
+    before = block * 0
+    if tiles > SEARCH:
+        # Among ends that lie SEARCH tiles apart, then among those from the last one found.
+        begin = block * 0
+        while begin < tiles:
+            last = begin + SEARCH * (1 + tl.arange(0, SEARCH))
+            far = tl.load(starts_ptr + last, mask=last < tiles, other=NO_END)
+            before += SEARCH * tl.sum((far <= block).to(tl.int32), 0)
+            begin += SEARCH * SEARCH
+        tile = before + 1 + tl.arange(0, SEARCH)
+        ends = tl.load(starts_ptr + tile, mask=tile <= tiles, other=NO_END)
+    return before + tl.sum((ends <= block).to(tl.int32), 0)
 
 
 @jit
@@ -63,7 +89,7 @@ def chunk_elements(
         layer = row % num_layers
         row = row // num_layers
     at = start + row * stride + chunk
-    page = tl.load(pages_ptr + at // page_chunks, mask=valid, other=0).to(tl.int64)
+    page = tl.load(pages_ptr + at // page_chunks, mask=valid, other=0, eviction_policy="evict_last").to(tl.int64)
     place = page * page_chunks + at % page_chunks
     if striped:
         place += layer.to(tl.int64) * layer_chunks
@@ -127,13 +153,13 @@ def ranks_of_unit(
     table_sites: tl.constexpr,
 ) -> tl.tensor:
     """The sum of a unit's ranks at a group of sites, and where the first of its A matrices begins."""
-    record = tl.load(record_of_ptr + unit * (num_layers + 1) + column)
+    record = load_fact(record_of_ptr + unit * (num_layers + 1) + column)
     sites_ptr = records_ptr + (record * table_sites + first_site) * FIELDS
     rank = 0
     start = 0
     for site in tl.static_range(num_sites):
-        more = tl.load(sites_ptr + site * FIELDS)
-        start = tl.where((rank == 0) & (more > 0), tl.load(sites_ptr + site * FIELDS + 1), start)
+        more = load_fact(sites_ptr + site * FIELDS)
+        start = tl.where((rank == 0) & (more > 0), load_fact(sites_ptr + site * FIELDS + 1), start)
         rank += more
     return rank, start
 
@@ -147,15 +173,17 @@ def count_work_kernel(
     records_ptr: tl.tensor,
     first_column: tl.tensor,
     num_layers: tl.tensor,
+    tiles: tl.tensor,
+    pitch: tl.tensor,
     facts: tl.constexpr,
     layer_groups: tl.constexpr,
     all_groups: tl.constexpr,
     groups: tl.constexpr,
     table_sites: tl.constexpr,
-    tiles: tl.constexpr,
-    pitch: tl.constexpr,
+    block: tl.constexpr,
 ) -> None:
-    """The first block of each tile at a group of a column, for shrink (rank rows alone) and for expand.
+    """The first block of each tile at a group of a column, for shrink (rank rows alone) and for expand; ``block`` tiles
+    at a time.
 
     ``facts``: of the groups of layers, then of the model's: first site, rank rows of a block, blocks of columns of
     three sites.
@@ -175,24 +203,32 @@ def count_work_kernel(
         columns_0 = tl.where(here, facts[known * 5 + 2], columns_0)
         columns_1 = tl.where(here, facts[known * 5 + 3], columns_1)
         columns_2 = tl.where(here, facts[known * 5 + 4], columns_2)
-    tile = tl.arange(0, tiles)
-    has_work = tl.load(tile_counts_ptr + tile) > 0
-    unit = tl.load(tile_units_ptr + tile)
-    record = tl.load(record_of_ptr + unit * (num_layers + 1) + column, mask=has_work, other=-1)
-    rank = tl.zeros((tiles,), tl.int32)
-    expand = tl.zeros((tiles,), tl.int32)
-    for site in tl.static_range(3):
-        columns = columns_0 if site == 0 else (columns_1 if site == 1 else columns_2)
-        at = (record * table_sites + first_site + site) * FIELDS
-        more = tl.load(records_ptr + at, mask=(record >= 0) & (columns > 0), other=0)
-        rank += more
-        expand += tl.where(more > 0, columns, 0)
-    shrink = (rank + ranks - 1) // ranks
     to_ptr = starts_ptr + place * 2 * pitch
-    tl.store(to_ptr + 1 + tile, tl.cumsum(shrink, 0))
-    tl.store(to_ptr + pitch + 1 + tile, tl.cumsum(expand, 0))
     tl.store(to_ptr, 0)
     tl.store(to_ptr + pitch, 0)
+    shrink_before = 0
+    expand_before = 0
+    begin = 0
+    while begin < tiles:
+        tile = begin + tl.arange(0, block)
+        inside = tile < tiles
+        has_work = tl.load(tile_counts_ptr + tile, mask=inside, other=0) > 0
+        unit = tl.load(tile_units_ptr + tile, mask=inside, other=0)
+        record = tl.load(record_of_ptr + unit * (num_layers + 1) + column, mask=has_work, other=-1)
+        rank = tl.zeros((block,), tl.int32)
+        expand = tl.zeros((block,), tl.int32)
+        for site in tl.static_range(3):
+            columns = columns_0 if site == 0 else (columns_1 if site == 1 else columns_2)
+            at = (record * table_sites + first_site + site) * FIELDS
+            more = tl.load(records_ptr + at, mask=(record >= 0) & (columns > 0), other=0)
+            rank += more
+            expand += tl.where(more > 0, columns, 0)
+        shrink = (rank + ranks - 1) // ranks
+        tl.store(to_ptr + 1 + tile, shrink_before + tl.cumsum(shrink, 0), mask=inside)
+        tl.store(to_ptr + pitch + 1 + tile, expand_before + tl.cumsum(expand, 0), mask=inside)
+        shrink_before += tl.sum(shrink, 0)
+        expand_before += tl.sum(expand, 0)
+        begin += block
 
 
 @launch_jit
@@ -216,6 +252,7 @@ def shrink_kernel(
     column: tl.tensor,
     num_layers: tl.tensor,
     layer_chunks: tl.tensor,
+    tiles: tl.tensor,
     first_site: tl.constexpr,
     num_sites: tl.constexpr,
     table_sites: tl.constexpr,
@@ -225,7 +262,6 @@ def shrink_kernel(
     split_chunks: tl.constexpr,
     page_chunks: tl.constexpr,
     striped: tl.constexpr,
-    tiles: tl.constexpr,
     rows: tl.constexpr,
     block_ranks: tl.constexpr,
     block_chunks: tl.constexpr,
@@ -239,21 +275,22 @@ def shrink_kernel(
     lane = tl.arange(0, block_chunks * CHUNK)
     steps: tl.constexpr = split_chunks // block_chunks
     in_chunks: tl.constexpr = (in_features + CHUNK - 1) // CHUNK
-    total = tl.load(starts_ptr + tiles) * parts
+    near = first_ends(starts_ptr, tiles)
+    total = load_fact(starts_ptr + tiles) * parts
     block = tl.program_id(0)
     while block < total:
         part = block % parts
-        tile = tile_of_block(starts_ptr, block // parts, tiles)
-        inner = block // parts - tl.load(starts_ptr + tile)
-        unit = tl.load(tile_units_ptr + tile)
-        first = tl.load(tile_firsts_ptr + tile)
-        count = tl.load(tile_counts_ptr + tile)
+        tile = tile_of_block(starts_ptr, near, block // parts, tiles)
+        inner = block // parts - load_fact(starts_ptr + tile)
+        unit = load_fact(tile_units_ptr + tile)
+        first = load_fact(tile_firsts_ptr + tile)
+        count = load_fact(tile_counts_ptr + tile)
         rank, start = ranks_of_unit(
             record_of_ptr, records_ptr, unit, column, num_layers, first_site, num_sites, table_sites
         )
         row = inner * block_ranks + tl.arange(0, block_ranks)
         has_row = row < rank
-        unit_pages_ptr = pages_ptr + tl.load(first_page_ptr + unit)
+        unit_pages_ptr = pages_ptr + load_fact(first_page_ptr + unit)
         begin = 0
         while begin < count:
             entry = begin + tl.arange(0, rows)
@@ -316,23 +353,24 @@ def lookup_kernel(
     column: tl.tensor,
     num_layers: tl.tensor,
     layer_chunks: tl.tensor,
+    tiles: tl.tensor,
     first_site: tl.constexpr,
     num_sites: tl.constexpr,
     table_sites: tl.constexpr,
     in_features: tl.constexpr,
     page_chunks: tl.constexpr,
     striped: tl.constexpr,
-    tiles: tl.constexpr,
     rows: tl.constexpr,
     block_ranks: tl.constexpr,
 ) -> None:
     """``low[entry, r] = A[r, token[entry]]`` for a block of rank rows of a tile: shrink of a row that is one-hot."""
     starts_ptr += starts_at
     in_chunks: tl.constexpr = (in_features + CHUNK - 1) // CHUNK
-    total = tl.load(starts_ptr + tiles)
+    near = first_ends(starts_ptr, tiles)
+    total = load_fact(starts_ptr + tiles)
     block = tl.program_id(0)
     while block < total:
-        tile = tile_of_block(starts_ptr, block, tiles)
+        tile = tile_of_block(starts_ptr, near, block, tiles)
         unit = tl.load(tile_units_ptr + tile)
         first = tl.load(tile_firsts_ptr + tile)
         count = tl.load(tile_counts_ptr + tile)
@@ -340,7 +378,7 @@ def lookup_kernel(
             record_of_ptr, records_ptr, unit, column, num_layers, first_site, num_sites, table_sites
         )
         row = (block - tl.load(starts_ptr + tile)) * block_ranks + tl.arange(0, block_ranks)
-        unit_pages_ptr = pages_ptr + tl.load(first_page_ptr + unit)
+        unit_pages_ptr = pages_ptr + load_fact(first_page_ptr + unit)
         begin = 0
         while begin < count:
             entry = begin + tl.arange(0, rows)

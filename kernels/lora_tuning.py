@@ -43,7 +43,7 @@ class ExpandShape:
 
 SHRINK: Mapping[Key, ShrinkShape] = MappingProxyType(
     {
-        (16, 0, 0, 16): ShrinkShape(16, 16, 2, 4, 5),
+        (16, 0, 0, 16): ShrinkShape(16, 16, 1, 4, 9),
         (16, 0, 0, 64): ShrinkShape(16, 64, 1, 4, 5),
         (16, 0, 0, 256): ShrinkShape(16, 32, 2, 4, 5),
         (32, 0, 0, 16): ShrinkShape(16, 16, 1, 4, 2),

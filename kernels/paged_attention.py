@@ -19,7 +19,7 @@ from loraplex.kernels.rope_write import rope_write
 
 
 class OtherKernels(Protocol):
-    """Attention kernels of a library, such as ``FlashInferAttention``."""
+    """Attention kernels of a library, such as ``FlashInferAttention``. In steps with prompts no row may pad."""
 
     def decode(self, q: torch.Tensor, pages: torch.Tensor, window: int | None) -> torch.Tensor:
         """``paged_decode`` of the rows that decode: [B, H, D] to [B, H, D]."""
@@ -30,29 +30,31 @@ class OtherKernels(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PagedPlan:
-    """Where a step's keys and values lie, in tensors on the device. Rows [0, B) decode; the others are prompts' chunks.
+    """Where a step's keys and values lie, in tensors on the device.
+
+    Rows that decode stand first, chunks of prompts right behind them; rows behind those pad.
 
     Attributes:
         positions: [rows] int32.
         slots: [rows] int32, ``2 page_tokens * page + place`` of each row's key; -1 stores nothing.
-        num_decodes: B, those that pad included.
-        page_table: [B + S, pages] int32, of the decoding rows, then of the prompts.
-        lengths: [B] int32, keys of each decoding row; 0 where it pads.
-        decode_tiles: by window, ``tiles`` and ``tile_starts`` of ``paged_decode``; none where no row decodes.
-        row_starts: [S + 1] int32, the first row of each prompt, counted from B.
+        lengths: [B] int32, keys of each row that decodes; 0 where a row of the first B does not.
+        page_table: [B, pages] int32, theirs.
+        decode_tiles: by window, ``tiles`` and ``tile_starts`` of ``paged_decode``; none where B is 0.
+        row_starts: [S + 1] int32, the first row of each prompt's chunk.
         prompt_lengths: [S] int32, keys of each prompt.
-        prefill_tiles: [n, 2] int32, of ``paged_prefill``.
+        prompt_table: [S, pages] int32, theirs.
+        prefill_tiles: [n, 2] int32, of ``paged_prefill``; none where there are no prompts.
         other: kernels that were told of this step already, in place of ours.
     """
 
     positions: torch.Tensor
     slots: torch.Tensor
-    num_decodes: int
-    page_table: torch.Tensor
     lengths: torch.Tensor
+    page_table: torch.Tensor
     decode_tiles: Mapping[int | None, tuple[torch.Tensor, torch.Tensor]]
     row_starts: torch.Tensor
     prompt_lengths: torch.Tensor
+    prompt_table: torch.Tensor
     prefill_tiles: torch.Tensor
     other: OtherKernels | None = None
 
@@ -97,27 +99,31 @@ class PagedAttentionStep:
         heads, plan = self.heads, self.plan
         pages = arena.view(arena.shape[0], 2, -1, heads.num_kv_heads, heads.head_dim)
         q = rope_write(qkv, plan.positions, self.rotary, q_norm, k_norm, heads.norm_eps, pages, plan.slots)
-        decodes = plan.num_decodes
-        if decodes == len(q):
+        decodes = len(plan.lengths)
+        if not len(plan.prefill_tiles):
             return self._decode(q, pages, window).view(len(q), -1)
-        prompts = self._prefill(q[decodes:], pages, window)
-        if not decodes:
-            return prompts.view(len(q), -1)
-        return torch.cat((self._decode(q[:decodes], pages, window), prompts)).view(len(q), -1)
+        if plan.other is not None:
+            parts = [self._decode(q[:decodes], pages, window)] if decodes else []
+            return torch.cat((*parts, plan.other.prefill(q[decodes:], pages, window))).view(len(q), -1)
+        out = paged_prefill(
+            q,
+            pages,
+            plan.prompt_table,
+            plan.row_starts,
+            plan.prompt_lengths,
+            plan.prefill_tiles,
+            heads.scale,
+            window or 0,
+        )
+        if decodes:
+            # Where the chunks begin among the first rows is known to the device alone.
+            decoded, is_decode = self._decode(q[:decodes], pages, window), (plan.lengths > 0)[:, None, None]
+            out[:decodes] = torch.where(is_decode, decoded, out[:decodes])
+        return out.view(len(q), -1)
 
     def _decode(self, q: torch.Tensor, pages: torch.Tensor, window: int | None) -> torch.Tensor:
         plan = self.plan
         if plan.other is not None:
             return plan.other.decode(q, pages, window)
         tiles, tile_starts = plan.decode_tiles[window]
-        table = plan.page_table[: plan.num_decodes]
-        return paged_decode(q, pages, table, plan.lengths, tiles, tile_starts, self.heads.scale, window or 0)
-
-    def _prefill(self, q: torch.Tensor, pages: torch.Tensor, window: int | None) -> torch.Tensor:
-        plan = self.plan
-        if plan.other is not None:
-            return plan.other.prefill(q, pages, window)
-        table, lengths = plan.page_table[plan.num_decodes :], plan.prompt_lengths
-        return paged_prefill(
-            q, pages, table, plan.row_starts, lengths, plan.prefill_tiles, self.heads.scale, window or 0
-        )
+        return paged_decode(q, pages, plan.page_table, plan.lengths, tiles, tile_starts, self.heads.scale, window or 0)

@@ -16,10 +16,11 @@ import torch
 from loraplex.kernels.attention_block import LOG2_E, attend_block
 from loraplex.kernels.triton_runtime import (
     dot_dtype,
-    jit,
+    load_fact,
     num_resident,
     power_of_two,
     register_operator,
+    step_jit,
     tl,
 )
 
@@ -34,6 +35,9 @@ ALIGNMENT = 64
 
 SHARED_BYTES = 76_800
 """Shared memory of one program at most, by which is reckoned how many fit on a multiprocessor: three on an H200."""
+
+_STEP_ARRAYS = ("page_table", "lengths", "tiles", "tile_starts", "peaks", "totals")
+"""They may begin anywhere in a buffer."""
 
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -127,7 +131,7 @@ def read_keys(
     return k, v
 
 
-@jit
+@step_jit(numbers=("batch",), arrays=_STEP_ARRAYS)
 def _decode_splits(
     q_ptr: tl.tensor,
     pages: tl.tensor,
@@ -155,20 +159,21 @@ def _decode_splits(
     ALIGN: tl.constexpr,
     DOT: tl.constexpr,
 ) -> None:
-    items = tl.load(tile_starts + batch) * KV_HEADS
+    items = load_fact(tile_starts + batch) * KV_HEADS
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, D_PAD)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile = item // KV_HEADS
         head = item % KV_HEADS
-        row = tl.load(tiles + tile * 2)
-        length = tl.load(lengths + row)
+        row = load_fact(tiles + tile * 2)
+        place = load_fact(tiles + tile * 2 + 1)
+        length = load_fact(lengths + row)
         low = length * 0
         if WINDOW > 0:
             low = tl.maximum(length - WINDOW, 0)
         first = low // ALIGN * ALIGN
         split = SPLIT * tl.cdiv(length - first, SPLIT * SPLITS)
-        start = first + tl.load(tiles + tile * 2 + 1) * split
+        start = first + place * split
         stop = tl.minimum(start + split, length)
         heads = head * GROUP + g
         mine = (g < GROUP)[:, None] & (d < D)[None, :]
@@ -190,7 +195,7 @@ def _decode_splits(
         tl.store(partial + to[:, None] * D + d[None, :], acc, mask=mine)
 
 
-@jit
+@step_jit(arrays=_STEP_ARRAYS)
 def _combine_splits(
     tile_starts: tl.tensor,
     partial: tl.tensor,
@@ -204,10 +209,10 @@ def _combine_splits(
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    first = tl.load(tile_starts + row)
+    first = load_fact(tile_starts + row)
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, D_PAD)
-    there = split < tl.load(tile_starts + row + 1) - first
+    there = split < load_fact(tile_starts + row + 1) - first
     at = (first + split).to(tl.int64) * HEADS + head
     peak = tl.load(peaks + at, mask=there, other=float("-inf"))
     top = tl.max(peak, 0)

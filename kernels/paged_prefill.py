@@ -14,7 +14,7 @@ import torch
 
 from loraplex.kernels.attention_block import LOG2_E, attend_block
 from loraplex.kernels.paged_decode import read_keys
-from loraplex.kernels.triton_runtime import dot_dtype, jit, power_of_two, register_operator, tl
+from loraplex.kernels.triton_runtime import dot_dtype, power_of_two, register_operator, step_jit, tl
 
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -42,7 +42,7 @@ def paged_prefill(
         window: how many keys are visible, the token's own included; 0 is all.
 
     Returns:
-        [rows, H, D] in the dtype of ``q``.
+        [rows, H, D] in the dtype of ``q``; 0 in rows of no sequence.
     """
     result: torch.Tensor = torch.ops.loraplex.paged_prefill(
         q, pages, page_table, row_starts, lengths, tiles, scale, window
@@ -103,7 +103,7 @@ def paged_prefill_reference(
     return out
 
 
-@jit
+@step_jit(arrays=("page_table", "row_starts", "lengths", "tiles"))
 def _prefill_tiles(
     q_ptr: tl.tensor,
     pages: tl.tensor,
@@ -179,7 +179,7 @@ def launch_paged_prefill(
 ) -> torch.Tensor:
     """``paged_prefill`` by a kernel over tiles and K/V heads."""
     heads, d = q.shape[1:]
-    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, out = q.contiguous(), torch.zeros_like(q, memory_format=torch.contiguous_format)
     if not len(tiles):
         return out
     page_tokens, kv_heads = pages.shape[2:4]

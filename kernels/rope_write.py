@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from loraplex.kernels.norms import rms_norm_reference
-from loraplex.kernels.triton_runtime import jit, power_of_two, register_operator, tl, triton
+from loraplex.kernels.triton_runtime import load_fact, power_of_two, register_operator, step_jit, tl, triton
 
 
 def rope_write(
@@ -67,7 +67,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-@jit
+@step_jit(arrays=("positions", "slots"))
 def _rope_write(
     qkv: tl.tensor,
     positions: tl.tensor,
@@ -111,7 +111,7 @@ def _rope_write(
         first = (first * scale).to(dtype).to(tl.float32) * tl.where(is_v, 1.0, w_first.to(tl.float32))
         second = (second * scale).to(dtype).to(tl.float32) * tl.where(is_v, 1.0, w_second.to(tl.float32))
         first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-    angle = rotary + tl.load(positions + row).to(tl.int64) * D + d
+    angle = rotary + load_fact(positions + row).to(tl.int64) * D + d
     cos = tl.where(is_v, 1.0, tl.load(angle, mask=d < half, other=0.0).to(tl.float32)[None, :])
     sin = tl.where(is_v, 0.0, tl.load(angle + half, mask=d < half, other=0.0).to(tl.float32)[None, :])
     turned_first = (first * cos - second * sin).to(dtype)
@@ -119,7 +119,7 @@ def _rope_write(
     q_at = q_out + (row * HEADS + head)[:, None] * D + d[None, :]
     tl.store(q_at, turned_first, mask=inside & is_q)
     tl.store(q_at + half, turned_second, mask=inside & is_q)
-    slot = tl.load(slots + row).to(tl.int64)
+    slot = load_fact(slots + row).to(tl.int64)
     kv = head - HEADS
     token = tl.where(kv < KV_HEADS, kv, kv - KV_HEADS + PAGE * KV_HEADS)
     kv_at = pages + (slot * KV_HEADS + token)[:, None] * D + d[None, :]

@@ -18,7 +18,7 @@ SCORE_CHUNKS = 8
 
 SCORE_WARPS, CHOOSE_WARPS, SORT_WARPS, CUT_WARPS = 4, 1, 4, 4
 
-SORT_BLOCK = 32
+SORT_BLOCK, SORT_OTHERS = 32, 128
 """Slots that a block places, and that it compares them with at a time."""
 
 CUT_BLOCK = 1024
@@ -155,10 +155,11 @@ def launch_sort(
         most=most,
         block_rows=block_rows,
         block=SORT_BLOCK,
+        others=SORT_OTHERS,
         num_warps=SORT_WARPS,
     )
     cut_tiles_kernel[(num_routers,)](
-        *by_tile, place_units, place_counts, slots, tiles=tiles, block=CUT_BLOCK, num_warps=CUT_WARPS
+        *by_tile, place_units, place_counts, slots, tiles, block=CUT_BLOCK, num_warps=CUT_WARPS
     )
     return found
 

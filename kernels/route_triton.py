@@ -8,26 +8,55 @@ second dimension of the grid.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from loraplex.kernels.adapter_table import ROUTER_FIELDS as _ROUTER_FIELDS
 from loraplex.kernels.lora_triton import chunk_elements
-from loraplex.kernels.triton_runtime import tl, triton
+from loraplex.kernels.triton_runtime import load_fact, step_jit, tl
 
 ROUTER_FIELDS = tl.constexpr(_ROUTER_FIELDS) if tl else _ROUTER_FIELDS
 NOT_CHOSEN = tl.constexpr(1 << 30) if tl else 1 << 30
 
 
-def step_jit(kernel: Callable[..., Any]) -> Any:
-    """``jit``, with one compilation for all layers, routers and capacities."""
-    varying = ("layer", "first_router", "num_entries", "num_slots")
-    taken = [name for name in varying if name in inspect.signature(kernel).parameters]
-    return kernel if triton is None else triton.jit(do_not_specialize=taken)(kernel)
+VARYING = ("layer", "first_router", "num_entries", "num_slots", "tiles")
+"""Integers that differ from layer to layer or from step to step."""
+
+STEP_ARRAYS = (
+    "activations_ptr",
+    "chosen_ptr",
+    "experts_ptr",
+    "limits_ptr",
+    "mix_weights_ptr",
+    "num_tiles_ptr",
+    "place_counts_ptr",
+    "place_units_ptr",
+    "renormalize_ptr",
+    "rows_ptr",
+    "score_places_ptr",
+    "slot_starts_ptr",
+    "slot_units_ptr",
+    "slot_weights_ptr",
+    "slots_ptr",
+    "sorted_rows_ptr",
+    "sum_rows_ptr",
+    "temperature_ptr",
+    "tile_counts_ptr",
+    "tile_firsts_ptr",
+    "tile_units_ptr",
+    "top_p_ptr",
+    "units_ptr",
+    "weights_ptr",
+)
+"""Arrays of a step, which may begin anywhere in a buffer."""
 
 
-@step_jit
+def routed_jit(kernel: Callable[..., Any]) -> Any:
+    """``jit``, with one compilation for all layers, routers, capacities and places in buffers."""
+    return step_jit(numbers=VARYING, arrays=STEP_ARRAYS)(kernel)
+
+
+@routed_jit
 def router_scores_kernel(
     scores_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -64,20 +93,20 @@ def router_scores_kernel(
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     router = tl.program_id(1)
-    count = tl.load(tile_counts_ptr + tile)
+    count = load_fact(tile_counts_ptr + tile)
     if count > 0:
         lane = tl.arange(0, wide_chunk)
         entry = tl.arange(0, block_rows)
         expert = tl.program_id(2) * block_experts + tl.arange(0, block_experts)
-        unit = tl.load(tile_units_ptr + tile)
+        unit = load_fact(tile_units_ptr + tile)
         has_entry = entry < count
-        record = tl.load(record_of_ptr + unit * (num_layers + 1) + layer)
+        record = load_fact(record_of_ptr + unit * (num_layers + 1) + layer)
         router_ptr = routers_ptr + (record * router_sites + first_router + router) * ROUTER_FIELDS
-        has_expert = expert < tl.load(router_ptr)
-        start = tl.load(router_ptr + 1)
+        has_expert = expert < load_fact(router_ptr)
+        start = load_fact(router_ptr + 1)
         place = tl.load(score_places_ptr + tl.load(tile_firsts_ptr + tile) + entry, mask=has_entry, other=0)
         x_row = tl.load(rows_ptr + place, mask=has_entry, other=0).to(tl.int64)
-        unit_pages_ptr = pages_ptr + tl.load(first_page_ptr + unit)
+        unit_pages_ptr = pages_ptr + load_fact(first_page_ptr + unit)
         stride: tl.constexpr = (in_features + wide_chunk - 1) // wide_chunk
         acc = tl.zeros((block_experts, block_rows), tl.float32)
         for step in range(split_chunks):
@@ -95,7 +124,7 @@ def router_scores_kernel(
         tl.store(scores_ptr + scores_at, acc, mask=has_entry[None, :])
 
 
-@step_jit
+@routed_jit
 def choose_kernel(
     experts_ptr: tl.tensor,
     chosen_ptr: tl.tensor,
@@ -167,7 +196,7 @@ def choose_kernel(
     tl.store(slot_weights_ptr + slot, weights * tl.load(mix_weights_ptr + entry))
 
 
-@step_jit
+@routed_jit
 def sort_slots_kernel(
     sorted_rows_ptr: tl.tensor,
     slots_ptr: tl.tensor,
@@ -181,6 +210,7 @@ def sort_slots_kernel(
     most: tl.constexpr,
     block_rows: tl.constexpr,
     block: tl.constexpr,
+    others: tl.constexpr,
 ) -> None:
     """Place slots in the order of their units, those not chosen last; a tile begins at every ``block_rows``-th slot of
     a unit, and there ``place_counts`` is the number of its slots, else 0.
@@ -195,7 +225,7 @@ def sort_slots_kernel(
     equal = tl.zeros((block,), tl.int32)
     start = 0
     while start < num_slots:
-        other = start + tl.arange(0, block)
+        other = start + tl.arange(0, others)
         is_slot = other < num_slots
         other_unit = tl.load(slot_units_ptr + base + other, mask=is_slot, other=-1)
         other_key = tl.where(other_unit >= 0, other_unit, NOT_CHOSEN)
@@ -203,7 +233,7 @@ def sort_slots_kernel(
         smaller += tl.sum(((other_key[None, :] < key[:, None]) & is_slot[None, :]).to(tl.int32), 1)
         equal += tl.sum(same.to(tl.int32), 1)
         equal_before += tl.sum((same & (other[None, :] < slot[:, None])).to(tl.int32), 1)
-        start += block
+        start += others
     place = base + smaller + equal_before
     tl.store(sorted_rows_ptr + place, tl.load(rows_ptr + slot // most, mask=inside, other=0), mask=inside)
     tl.store(slots_ptr + place, slot, mask=inside)
@@ -213,7 +243,7 @@ def sort_slots_kernel(
     tl.store(place_counts_ptr + place, tl.where(begins, tl.minimum(equal - equal_before, block_rows), 0), mask=inside)
 
 
-@step_jit
+@routed_jit
 def cut_tiles_kernel(
     tile_units_ptr: tl.tensor,
     tile_firsts_ptr: tl.tensor,
@@ -222,7 +252,7 @@ def cut_tiles_kernel(
     place_units_ptr: tl.tensor,
     place_counts_ptr: tl.tensor,
     num_slots: tl.tensor,
-    tiles: tl.constexpr,
+    tiles: tl.tensor,
     block: tl.constexpr,
 ) -> None:
     """Bring the tiles that begin somewhere together; those left over have no entries. One program for each router."""

@@ -28,12 +28,12 @@ _RING = 3
 class Field:
     """An array of a step: its shape at most, its dtype (int32 or float32), and what fills the rest of it.
 
-    ``padding`` None repeats the last element.
+    ``padding`` None repeats the last element; of a matrix it is a row.
     """
 
     shape: tuple[int, ...]
     is_float: bool = False
-    padding: int | None = 0
+    padding: int | tuple[int, ...] | None = 0
 
 
 class BufferLayout:
@@ -75,7 +75,8 @@ class BufferLayout:
                 raise ValueError(f"{name}: {array.shape} does not fit {field.shape}")
             place[:used] = array.ravel()
             if used < place.size:
-                place[used:] = (place[used - 1] if used else 0) if field.padding is None else field.padding
+                rest = place[used:].reshape(-1, *field.shape[1:])
+                rest[:] = (place[used - 1] if used else 0) if field.padding is None else field.padding
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """The arrays as tensors over ``buffer [size]`` int32."""

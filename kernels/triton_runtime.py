@@ -6,7 +6,8 @@ Set ``TRITON_INTERPRET=1`` before the first import to run the kernels on CPU ten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ __all__ = [
     "INTERPRETED",
     "dot_dtype",
     "jit",
+    "load_fact",
     "num_resident",
     "power_of_two",
     "register_operator",
+    "step_jit",
     "tl",
     "triton",
 ]
@@ -38,6 +41,36 @@ _library = torch.library.Library("loraplex", "FRAGMENT")
 def jit(kernel: Callable[..., Any]) -> Any:
     """``triton.jit`` where there is Triton; else the function as it is, which nobody calls."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def step_jit(*, numbers: Collection[str] = (), arrays: Collection[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """``jit`` with one compilation for all steps.
+
+    Triton compiles anew for an integer that is 1 or a multiple of 16, and for a tensor that begins at a multiple of 16
+    bytes. Those of these names, as far as a kernel has them, are taken as they come.
+
+    Args:
+        numbers: integers that differ from layer to layer or from step to step.
+        arrays: tensors that may begin anywhere in a buffer.
+    """
+
+    def decorate(kernel: Callable[..., Any]) -> Any:
+        if triton is None:
+            return kernel
+        names = inspect.signature(kernel).parameters
+        return triton.jit(
+            do_not_specialize=[name for name in names if name in numbers],
+            do_not_specialize_on_alignment=[name for name in names if name in arrays],
+        )(kernel)
+
+    return decorate
+
+
+@jit
+def load_fact(pointer: tl.tensor) -> tl.tensor:
+    """A scalar or a block of what all launches of a step read, and what other loads wait for: it is to stay in the L2
+    cache while weights stream through it."""
+    return tl.load(pointer, eviction_policy="evict_last")
 
 
 def register_operator(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from loraplex.kernels.lora_plan import SHORT_SEGMENT_ROWS, Segment
 from loraplex.kernels.lora_rows import ResidentAdapter, SiteGroup
@@ -15,13 +18,15 @@ from loraplex.memory.adapter_image import build_image
 from loraplex.memory.adapter_spec import AdapterSpec, LowRankPair
 from loraplex.memory.transfer import page_in
 
+CPU = torch.device("cpu")
+
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 7e-4, torch.bfloat16: 6e-3}
 """Relative RMS error allowed by dtype: about twice the rounding of the result and of the low-rank intermediate."""
 
 
 def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (actual.double() - expected.double()).square().mean().sqrt()
-    return float(error / expected.double().square().mean().sqrt())
+    wide, exact = actual.double(), expected.double()
+    return float((wide - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 @dataclass
@@ -74,12 +79,14 @@ class LoraPool:
     scattered: bool = True
     num_layers: int = 3
     num_pages: int = 1200
+    device: torch.device = CPU
     arena: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(7)
         page_elems = self.page_tokens * 2 * 64
-        self.arena = torch.full((self.num_layers, self.num_pages, page_elems), float("nan"), dtype=self.dtype)
+        shape = (self.num_layers, self.num_pages, page_elems)
+        self.arena = torch.full(shape, float("nan"), dtype=self.dtype, device=self.device)
         order = np.random.default_rng(5).permutation(self.num_pages) if self.scattered else np.arange(3, self.num_pages)
         self._free: list[int] = order.tolist()
 
@@ -107,11 +114,16 @@ class LoraPool:
 
     def _pair(self, site: str, layer: int | None, rank: int, scale: float) -> LowRankPair:
         in_features, out_features = self.widths.features(site)
-        a, b = self.normal(rank, in_features) / in_features**0.5, self.normal(out_features, rank) / rank**0.5
+        a, b = self.draw(rank, in_features) / in_features**0.5, self.draw(out_features, rank) / rank**0.5
         return LowRankPair(site, layer, a, b, scale)
 
-    def normal(self, *shape: int) -> torch.Tensor:
+    def draw(self, *shape: int) -> torch.Tensor:
+        """Random numbers on the host, where adapters are read."""
         return torch.from_numpy(self._random.standard_normal(shape)).to(self.dtype)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Random numbers on the device."""
+        return self.draw(*shape).to(self.device)
 
     def tokens(self, rows: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         return self._random.integers(0, self.widths.vocab, rows)
@@ -137,8 +149,14 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def make_pool() -> type[LoraPool]:
-    return LoraPool
+def pool_device() -> torch.device:
+    """Where pools lie: plain operators are tested on the CPU."""
+    return CPU
+
+
+@pytest.fixture
+def make_pool(pool_device: torch.device) -> Callable[..., LoraPool]:
+    return partial(LoraPool, device=pool_device)
 
 
 @pytest.fixture
@@ -165,3 +183,15 @@ def assert_close() -> Callable[[torch.Tensor, torch.Tensor], None]:
 @pytest.fixture
 def rms() -> Callable[[torch.Tensor, torch.Tensor], float]:
     return relative_rms
+
+
+@pytest.fixture
+def check_operator(device: torch.device) -> Callable[[str, tuple[Any, ...]], None]:
+    """Fails where an operator of ours, called with these arguments on the device, breaks what torch asks of one."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+    def check(name: str, arguments: tuple[Any, ...]) -> None:
+        placed = tree_map(lambda one: one.to(device) if isinstance(one, torch.Tensor) else one, arguments)
+        torch.library.opcheck(getattr(torch.ops.loraplex, name).default, placed, test_utils=checks)
+
+    return check

@@ -85,18 +85,23 @@ SOME = ("d128 group 4", "rope d128 norm", "rows 4096")
 
 
 def compiled(capability: int, cases: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for case in cases:
+        yield from (record(capability, case, kernel) for kernel in launched(capability, [case]))
+
+
+def launched(capability: int, cases: Iterable[str]) -> list[Any]:
+    """What Triton made of the launches of cases, in their order."""
     triton.runtime.driver.set_active(StandInDriver(capability))
-    launched: list[Any] = []
+    kernels: list[Any] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launched.append(run(self, *args, grid=grid, warmup=True, **options))
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
 
     with mock.patch.object(JITFunction, "run", compile_only):
         for case in cases:
-            launched.clear()
             CASES[case]()
-            yield from (record(capability, case, kernel) for kernel in launched)
+    return kernels
 
 
 def record(capability: int, case: str, kernel: Any) -> dict[str, Any]:

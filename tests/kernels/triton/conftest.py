@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter, on pages that are NaN but for the tokens that a sequence holds."""
+"""Kernels on a GPU or in Triton's interpreter, on pages that are NaN but for the tokens that a sequence holds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,18 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-# Triton decides between its interpreter and its compiler when it is first imported.
-_before = os.environ.get("TRITON_INTERPRET")
-os.environ["TRITON_INTERPRET"] = "1"
-import triton.experimental.gluon  # noqa: E402, F401  (the interpreter imports it later, when the variable is gone)
-from triton.runtime import interpreter  # noqa: E402
+from loraplex.kernels import gated, norms, paged_decode, paged_prefill, rope_write, triton_runtime
 
-from loraplex.kernels import gated, norms, paged_decode, paged_prefill, rope_write, triton_runtime  # noqa: E402
-
-if _before is None:
-    del os.environ["TRITON_INTERPRET"]
-else:
-    os.environ["TRITON_INTERPRET"] = _before
+CPU = torch.device("cpu")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
 """Relative RMS error by dtype. The interpreter cuts off where a GPU rounds to bfloat16: twice the error."""
@@ -50,6 +42,7 @@ class Paged:
     dtype: torch.dtype = torch.float32
     hidden: Sequence[int] | None = None
     seed: int = 0
+    device: torch.device = CPU
     pages: torch.Tensor = field(init=False)
     table: torch.Tensor = field(init=False)
 
@@ -69,14 +62,18 @@ class Paged:
                 if self.table[i, place] == 2**30:
                     self.table[i, place] = next(free)
                 self.pages[self.table[i, place], :, token % self.page_tokens] = torch.stack((k[token], v[token]))
+        self.pages, self.table = self.pages.to(self.device), self.table.to(self.device)
 
     def queries(self, rows: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(7)
-        return torch.randn(rows, self.heads, self.head_dim, generator=generator).to(self.dtype)
+        return torch.randn(rows, self.heads, self.head_dim, generator=generator).to(self.device, self.dtype)
+
+    def place(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     @property
     def lengths_tensor(self) -> torch.Tensor:
-        return torch.tensor(self.lengths, dtype=torch.int32)
+        return torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
 
     @property
     def scale(self) -> float:
@@ -90,7 +87,7 @@ class Paged:
         needed, starts = paged_decode.list_decode_tiles(paged_decode.count_splits(lengths, window))
         tiles = np.full((len(needed) if capacity is None else capacity, 2), 2**30, dtype=np.int32)
         tiles[: len(needed)] = needed
-        rest = (self.table, self.lengths_tensor, torch.from_numpy(tiles), torch.from_numpy(starts), self.scale, window)
+        rest = (self.table, self.lengths_tensor, self.place(tiles), self.place(starts), self.scale, window)
         if exact:
             return paged_decode.paged_decode_reference(q.double(), self.pages.double(), *rest)
         return paged_decode.launch_paged_decode(q, self.pages, *rest)
@@ -100,7 +97,7 @@ class Paged:
         starts = np.concatenate(([0], np.cumsum(rows))).astype(np.int32)
         queries = paged_prefill.tile_queries(self.heads, self.kv_heads, self.head_dim, self.dtype)
         tiles = paged_prefill.prefill_tiles(starts, np.asarray(self.lengths, dtype=np.int32), queries)
-        rest = (self.table, torch.from_numpy(starts), self.lengths_tensor, torch.from_numpy(tiles), self.scale, window)
+        rest = (self.table, self.place(starts), self.lengths_tensor, self.place(tiles), self.scale, window)
         if exact:
             return paged_prefill.paged_prefill_reference(q.double(), self.pages.double(), *rest)
         return paged_prefill.launch_paged_prefill(q, self.pages, *rest)
@@ -126,30 +123,9 @@ def check_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreted() -> Iterator[None]:
-    """Nothing here runs without a GPU unless Triton was first imported by this file."""
-    assert triton_runtime.INTERPRETED, "triton was imported before these tests: set TRITON_INTERPRET=1"
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_index(tensor: Any, scope: Any) -> None:
-        # The interpreter holds scalars as arrays of one element, which numpy no longer takes for the bounds of a loop.
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(interpreter, "_patch_lang_tensor", patch_index)
-        yield
-
-
-@pytest.fixture
-def ordered_dots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dot products that add in one order, as a GPU does: those of numpy depend on which row of a matrix it is."""
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: object) -> Any:
-        product = np.einsum("mk,kn->mn", a.data, b.data, dtype=d.data.dtype, optimize=False)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+def interpreted(interpreter: None, device: torch.device) -> None:
+    """Without a GPU, nothing here runs unless the interpreter was chosen before Triton was first imported."""
+    assert (device.type == "cuda") != triton_runtime.INTERPRETED
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -177,8 +153,18 @@ def compilation_records(compilation: Compilation) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def make_paged() -> type[Paged]:
-    return Paged
+def make_paged(device: torch.device) -> Callable[..., Paged]:
+    return partial(Paged, device=device)
+
+
+@pytest.fixture
+def normal(device: torch.device) -> Callable[..., torch.Tensor]:
+    """``normal(3, 64, dtype=torch.bfloat16, seed=1)``: random numbers on the device."""
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+    return draw
 
 
 @pytest.fixture

@@ -291,7 +291,7 @@ def test_a_model_that_flashinfer_has_no_kernels_for_is_refused(heads: Heads, dty
 
 @pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize(
-    ("name", "device", "chosen"),
+    ("name", "kind", "chosen"),
     [
         ("auto", "cuda", "triton"),
         ("triton", "cuda", "triton"),
@@ -300,8 +300,8 @@ def test_a_model_that_flashinfer_has_no_kernels_for_is_refused(heads: Heads, dty
         ("triton", "cpu", "triton"),
     ],
 )
-def test_the_setting_chooses_the_kernels(name: str, device: str, chosen: str) -> None:
-    assert choose_attention(name, torch.device(device)) == chosen
+def test_the_setting_chooses_the_kernels(name: str, kind: str, chosen: str) -> None:
+    assert choose_attention(name, torch.device(kind)) == chosen
 
 
 @pytest.mark.usefixtures("flashinfer")

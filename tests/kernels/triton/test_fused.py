@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+Normal = Callable[..., torch.Tensor]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 100, 136, 896, 4096])
-def test_norm_matches_the_reference(kernels: SimpleNamespace, assert_near: Any, width: int, dtype: torch.dtype) -> None:
+def test_norm_matches_the_reference(
+    kernels: SimpleNamespace, normal: Normal, assert_near: Any, width: int, dtype: torch.dtype
+) -> None:
     x, weight = normal(3, width, dtype=dtype) * 3, normal(width, dtype=dtype, seed=1)
     expected = kernels.norms.rms_norm_reference(x.double(), weight.double(), 1e-5)
     assert_near(kernels.norms.launch_rms_norm(x, weight, 1e-5), expected)
 
 
-def test_norm_takes_rows_of_a_wider_tensor(kernels: SimpleNamespace, assert_near: Any) -> None:
+def test_norm_takes_rows_of_a_wider_tensor(kernels: SimpleNamespace, normal: Normal, assert_near: Any) -> None:
     wide, weight = normal(3, 300), normal(100, seed=1)
     expected = kernels.norms.rms_norm_reference(wide[:, 100:200].double(), weight.double(), 1e-5)
     assert_near(kernels.norms.launch_rms_norm(wide[:, 100:200], weight, 1e-5), expected)
 
 
-def test_norm_adds_its_epsilon_to_the_mean_square(kernels: SimpleNamespace, assert_near: Any) -> None:
-    x, weight = normal(2, 64) * 1e-3, torch.ones(64)
+def test_norm_adds_its_epsilon_to_the_mean_square(kernels: SimpleNamespace, normal: Normal, assert_near: Any) -> None:
+    x, weight = normal(2, 64) * 1e-3, normal(64).fill_(1)
     assert_near(
         kernels.norms.launch_rms_norm(x, weight, 1.0), x.double() / (x.double().square().mean(-1, True) + 1) ** 0.5
     )
@@ -39,7 +39,7 @@ def test_norm_adds_its_epsilon_to_the_mean_square(kernels: SimpleNamespace, asse
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [100, 896])
 def test_norm_behind_a_sum_returns_the_sum_too(
-    kernels: SimpleNamespace, assert_near: Any, width: int, dtype: torch.dtype
+    kernels: SimpleNamespace, normal: Normal, assert_near: Any, width: int, dtype: torch.dtype
 ) -> None:
     x, residual, weight = (
         normal(3, width, dtype=dtype),
@@ -54,19 +54,21 @@ def test_norm_behind_a_sum_returns_the_sum_too(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 100, 1024, 1500])
-def test_gate_matches_the_reference(kernels: SimpleNamespace, assert_near: Any, width: int, dtype: torch.dtype) -> None:
+def test_gate_matches_the_reference(
+    kernels: SimpleNamespace, normal: Normal, assert_near: Any, width: int, dtype: torch.dtype
+) -> None:
     gate_up = normal(3, 2 * width, dtype=dtype) * 4
     assert_near(kernels.gated.launch_silu_mul(gate_up), kernels.gated.silu_mul_reference(gate_up.double()))
 
 
-def test_fused_kernels_take_no_rows(kernels: SimpleNamespace) -> None:
-    x, weight = torch.empty(0, 64), torch.ones(64)
+def test_fused_kernels_take_no_rows(kernels: SimpleNamespace, normal: Normal) -> None:
+    x, weight = normal(0, 64), normal(64)
     assert kernels.norms.launch_rms_norm(x, weight, 1e-5).shape == (0, 64)
     assert kernels.norms.launch_add_rms_norm(x, x, weight, 1e-5)[1].shape == (0, 64)
     assert kernels.gated.launch_silu_mul(x).shape == (0, 32)
 
 
-def test_a_row_of_a_norm_is_bit_identical_alone(kernels: SimpleNamespace) -> None:
+def test_a_row_of_a_norm_is_bit_identical_alone(kernels: SimpleNamespace, normal: Normal) -> None:
     x, weight = normal(4, 136), normal(136, seed=1)
     together = kernels.norms.launch_rms_norm(x, weight, 1e-5)
     for i in range(4):
@@ -79,15 +81,17 @@ def rotary_table(positions: int, head_dim: int) -> torch.Tensor:
 
 
 def rope_case(
-    heads: int, kv_heads: int, head_dim: int, page_tokens: int, dtype: torch.dtype, norm: bool
+    normal: Normal, heads: int, kv_heads: int, head_dim: int, page_tokens: int, dtype: torch.dtype, norm: bool
 ) -> tuple[torch.Tensor, ...]:
     """qkv, positions, rotary, q_norm, k_norm, pages and slots of five rows; the last one stores nothing."""
     qkv = normal(5, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
-    positions = torch.tensor([0, 1, 9, 40, 0])
-    pages = torch.full((6, 2, page_tokens, kv_heads, head_dim), float("nan"), dtype=dtype)
-    slots = torch.tensor([2 * page_tokens * 4 + 3, 0, 2 * page_tokens * 5 + page_tokens - 1, 2 * page_tokens * 2, -1])
+    device = qkv.device
+    positions = torch.tensor([0, 1, 9, 40, 0], device=device)
+    pages = torch.full((6, 2, page_tokens, kv_heads, head_dim), float("nan"), dtype=dtype, device=device)
+    places = [2 * page_tokens * 4 + 3, 0, 2 * page_tokens * 5 + page_tokens - 1, 2 * page_tokens * 2, -1]
+    slots = torch.tensor(places, device=device)
     weights = [normal(head_dim, dtype=dtype, seed=seed) if norm else None for seed in (3, 4)]
-    return qkv, positions, rotary_table(41, head_dim), *weights, pages, slots
+    return qkv, positions, rotary_table(41, head_dim).to(device), *weights, pages, slots
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,6 +101,7 @@ def rope_case(
 )
 def test_rotation_and_write_match_the_reference(
     kernels: SimpleNamespace,
+    normal: Normal,
     assert_near: Any,
     heads: int,
     kv_heads: int,
@@ -104,7 +109,7 @@ def test_rotation_and_write_match_the_reference(
     norm: bool,
     dtype: torch.dtype,
 ) -> None:
-    qkv, positions, rotary, q_norm, k_norm, pages, slots = rope_case(heads, kv_heads, head_dim, 8, dtype, norm)
+    qkv, positions, rotary, q_norm, k_norm, pages, slots = rope_case(normal, heads, kv_heads, head_dim, 8, dtype, norm)
     wide = [None if t is None else t.double() for t in (qkv, rotary, q_norm, k_norm, pages)]
     expected = kernels.rope.rope_write_reference(wide[0], positions, *wide[1:4], 1e-6, wide[4], slots)
     q = kernels.rope.launch_rope_write(qkv, positions, rotary, q_norm, k_norm, 1e-6, pages, slots)
@@ -116,8 +121,10 @@ def test_rotation_and_write_match_the_reference(
 
 @pytest.mark.parametrize("page_tokens", [16, 32])
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
-def test_values_are_stored_as_they_are(kernels: SimpleNamespace, page_tokens: int, index: torch.dtype) -> None:
-    qkv, positions, rotary, _, _, pages, slots = rope_case(2, 2, 64, page_tokens, torch.float16, False)
+def test_values_are_stored_as_they_are(
+    kernels: SimpleNamespace, normal: Normal, page_tokens: int, index: torch.dtype
+) -> None:
+    qkv, positions, rotary, _, _, pages, slots = rope_case(normal, 2, 2, 64, page_tokens, torch.float16, False)
     kernels.rope.launch_rope_write(qkv, positions.to(index), rotary, None, None, 1e-6, pages, slots.to(index))
     values = qkv.view(5, 6, 64)[:, 4:]
     assert torch.equal(pages[4, 1, 3], values[0])
@@ -125,7 +132,7 @@ def test_values_are_stored_as_they_are(kernels: SimpleNamespace, page_tokens: in
     assert torch.equal(pages[5, 1, page_tokens - 1], values[2])
 
 
-def test_pages_that_cannot_be_written_in_place_are_refused(kernels: SimpleNamespace) -> None:
-    qkv, positions, rotary, _, _, pages, slots = rope_case(2, 2, 64, 8, torch.float32, False)
+def test_pages_that_cannot_be_written_in_place_are_refused(kernels: SimpleNamespace, normal: Normal) -> None:
+    qkv, positions, rotary, _, _, pages, slots = rope_case(normal, 2, 2, 64, 8, torch.float32, False)
     with pytest.raises(ValueError, match="pages: keys are written in place"):
         kernels.rope.launch_rope_write(qkv, positions, rotary, None, None, 1e-6, pages.transpose(2, 3), slots)

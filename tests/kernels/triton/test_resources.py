@@ -5,6 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+pytestmark = pytest.mark.without_gpu("kernels are compiled ahead of time, for GPUs that need not be there")
+
 Records = list[dict[str, Any]]
 
 REGISTERS = {

@@ -20,12 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from loraplex.kernels import lora_expand, lora_triton
-from loraplex.kernels.lora_operators import PARTIAL_BLOCK, SUM_COLUMNS, SUM_WARPS
+from loraplex.kernels.lora_operators import COUNT_TILES, COUNT_WARPS, PARTIAL_BLOCK, SUM_COLUMNS, SUM_WARPS
 from loraplex.kernels.lora_tuning import EXPAND, SHRINK
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GROUP = {"first_site": 0, "table_sites": 7, "out_0": 4096, "out_1": 1024, "out_2": 1024}
-PLACES = {"page_chunks": 256, "tiles": 64, "striped": False, "wide": False, "num_sites": 3}
+PLACES = {"page_chunks": 256, "striped": False, "wide": False, "num_sites": 3}
 DOWN = {"num_sites": 1, "out_0": 4096, "out_1": 0, "out_2": 0}
 SHRINK_4096 = {"in_features": 4096, "splits": 8, "split_chunks": 4, **PLACES}
 SHRINK_14336 = {**SHRINK_4096, "in_features": 14336, "splits": 28, **DOWN}
@@ -34,6 +34,18 @@ COUNT = {"facts": FACTS, "layer_groups": 4, "all_groups": 6, "groups": 4}
 HALF = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 OF_MODEL_DTYPE = {"x_ptr", "chunks_ptr", "base_ptr", "bias_ptr", "y_ptr"}
 IN_FP32 = {"low_ptr", "summed_ptr", "deltas_ptr", "scales_ptr", "weights_ptr"}
+VALUES = {
+    "low_part": 4096,
+    "low_stride": 64,
+    "x_stride": 4096,
+    "to_stride": 6144,
+    "base_stride": 6144,
+    "y_stride": 6144,
+    "deltas_stride": 6144,
+    "num_layers": 32,
+    "layer_chunks": 0,
+}
+"""Integers of a launch, as Triton compiles for what it sees of them: whether they are 1, or multiples of 16."""
 
 
 def configurations(bits: int) -> Iterator[tuple[str, dict[str, Any], int, int]]:
@@ -64,11 +76,10 @@ FLAGS: tuple[dict[str, Any], ...] = (
 
 def plain_kernels() -> Iterator[tuple[str, dict[str, Any], int, int]]:
     lookup = {"in_features": 128256, "rows": 64, "block_ranks": 16, "num_sites": 1}
-    yield "lookup_kernel", {"page_chunks": 256, "tiles": 64, "striped": True, **lookup}, 4, 3
+    yield "lookup_kernel", {"page_chunks": 256, "striped": True, **lookup}, 4, 3
     yield "sum_partial_kernel", {"parts": 28, "block": PARTIAL_BLOCK}, 4, 3
     yield "row_sum_kernel", {"block_columns": SUM_COLUMNS}, SUM_WARPS, 3
-    for tiles in (64, 4096):
-        yield "count_work_kernel", {**COUNT, "tiles": tiles, "pitch": tiles + 4}, 4 if tiles <= 512 else 8, 3
+    yield "count_work_kernel", {**COUNT, "block": COUNT_TILES}, COUNT_WARPS, 3
 
 
 def pointer_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
@@ -84,16 +95,23 @@ def compile_one(
 ) -> dict[str, Any]:
     kernel = getattr(lora_triton, name, None) or getattr(lora_expand, name)
     known = {**GROUP, **constants}
+    # An embedding's input are the tokens, one beside the other.
+    values = {**VALUES, "x_stride": 1} if name == "lookup_kernel" else VALUES
     signature: dict[str, str] = {}
-    for argument in kernel.arg_names:
-        if argument in known:
-            signature[argument] = "constexpr"
-        else:
-            signature[argument] = pointer_type(argument, dtype, constants) if argument.endswith("_ptr") else "i32"
-    constexprs = {(kernel.arg_names.index(key),): value for key, value in known.items() if key in kernel.arg_names}
-    strides = ("x_stride", "to_stride", "low_stride", "y_stride", "deltas_stride", "base_stride")
-    divisible = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or n in strides]
-    source = ASTSource(kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in divisible})
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for place, param in enumerate(kernel.params):
+        value = known.get(param.name, None if param.do_not_specialize else values.get(param.name))
+        is_pointer = param.name.endswith("_ptr")
+        if param.name in known or value == 1:
+            signature[param.name] = "constexpr"
+            constexprs[(place,)] = value
+            continue
+        assert is_pointer or param.do_not_specialize or value is not None, param.name
+        signature[param.name] = pointer_type(param.name, dtype, constants) if is_pointer else "i32"
+        if (is_pointer and not param.do_not_specialize_on_alignment) or (value is not None and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, attributes)
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),

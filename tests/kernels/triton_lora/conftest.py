@@ -1,15 +1,14 @@
-"""Adapters in a pool, the table of them, and steps, for kernels in Triton's interpreter on CPU tensors."""
+"""Adapters in a pool, the table of them, and steps, for kernels on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from triton.runtime import interpreter
 
 from loraplex.kernels import triton_runtime
 from loraplex.kernels.adapter_table import AdapterTable, TableCapacity
@@ -21,23 +20,16 @@ from loraplex.memory.adapter_image import build_image
 from loraplex.memory.adapter_spec import AdapterSpec, LowRankPair, Router, Routing
 from loraplex.memory.transfer import page_in
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreted() -> Iterator[None]:
-    """Nothing here runs without a GPU unless TRITON_INTERPRET was set before Triton was first imported."""
-    assert triton_runtime.INTERPRETED, "triton was imported before these tests: set TRITON_INTERPRET=1"
-    patch_tensor = interpreter._patch_lang_tensor
+def interpreted(interpreter: None, device: torch.device) -> None:
+    """Without a GPU, nothing here runs unless the interpreter was chosen before Triton was first imported."""
+    assert (device.type == "cuda") != triton_runtime.INTERPRETED
 
-    def patch_index(tensor: Any, scope: Any) -> None:
-        # The interpreter holds scalars as arrays of one element, which numpy no longer takes for the bounds of a loop.
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(interpreter, "_patch_lang_tensor", patch_index)
-        yield
+@pytest.fixture
+def pool_device(device: torch.device) -> torch.device:
+    return device
 
 
 def table_for(pool: Any, adapters: Sequence[ResidentAdapter] = (), capacity: TableCapacity | None = None) -> Any:
@@ -47,7 +39,7 @@ def table_for(pool: Any, adapters: Sequence[ResidentAdapter] = (), capacity: Tab
         [pool.widths.lm_head, pool.widths.embedding],
         num_layers=pool.num_layers,
         page_chunks=pool.arena.shape[2] // 128,
-        device=CPU,
+        device=pool.device,
         capacity=capacity or TableCapacity(),
     )
     for adapter in dict.fromkeys(adapters):
@@ -83,7 +75,7 @@ class Step:
             np.concatenate([none, *units]), np.concatenate([none, *rows]), block_rows=self.block_rows
         )
         entries, tiles = self.capacity or (None, None)
-        self.entries = DeviceEntries.copy_of(self.lists, CPU, entries=entries, tiles=tiles)
+        self.entries = DeviceEntries.copy_of(self.lists, self.pool.device, entries=entries, tiles=tiles)
         lists = None if self.for_any else self.lists
         self.work = StepWork.of(self.entries, self.table, self.pool.dtype, lists=lists)
 
@@ -114,7 +106,7 @@ class Mixtures:
         pool = self.pool
         pairs = [self._pair(site, None, ranks[0], gains) for site in plain]
         pairs += [self._pair(s, e, ranks[e % len(ranks)], gains) for s in experts for e in range(num_experts)]
-        found = [Router(0, site, pool.normal(num_experts, self._router_width(site)).float()) for site in routers]
+        found = [Router(0, site, pool.draw(num_experts, self._router_width(site)).float()) for site in routers]
         routing = Routing(num_experts=num_experts, **rules) if rules else None
         spec = AdapterSpec("id", "any", tuple(pairs), routers=tuple(found), routing=routing)
         image = build_image(spec, pool.num_layers, pool.arena.shape[2], pool.dtype)
@@ -133,14 +125,14 @@ class Mixtures:
         if not pairs:
             return torch.zeros_like(base)
         (pair,) = pairs
-        delta = pair.scale * (pair.b.double() @ (pair.a.double() @ x))
-        return delta if pair.gain is None else pair.gain.double() * (base + delta) - base
+        delta = pair.scale * (pair.b.to(x) @ (pair.a.to(x) @ x))
+        return delta if pair.gain is None else pair.gain.to(x) * (base + delta) - base
 
     def _pair(self, site: str, expert: int | None, rank: int, gains: bool) -> LowRankPair:
         in_features, out_features = self.pool.widths.features(site)
-        a = self.pool.normal(rank, in_features) / in_features**0.5
-        b = self.pool.normal(out_features, rank) / rank**0.5
-        gain = 1 + self.pool.normal(out_features).float() / 4 if gains else None
+        a = self.pool.draw(rank, in_features) / in_features**0.5
+        b = self.pool.draw(out_features, rank) / rank**0.5
+        gain = 1 + self.pool.draw(out_features).float() / 4 if gains else None
         return LowRankPair(site, 0, a, b, 0.5 + 0.1 * rank, expert, gain)
 
     def _router_width(self, site: str) -> int:

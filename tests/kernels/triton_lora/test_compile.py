@@ -14,8 +14,13 @@ import pytest
 
 CAPABILITIES = (90, 80, 100)
 REGISTERS = {"shrink_kernel": 176, "expand_kernel": 255, "row_sum_kernel": 64, "lookup_kernel": 96}
-PLAIN_DECODE = {"shrink_kernel": 168, "expand_kernel": 128}
-"""Of a thread; those of the smallest tiles without gains, which decoding uses, leave room for more blocks at a time."""
+PLAIN_DECODE = {
+    80: {"shrink_kernel": 168, "expand_kernel": 168},
+    90: {"shrink_kernel": 128, "expand_kernel": 128},
+    100: {"shrink_kernel": 168, "expand_kernel": 128},
+}
+"""Of a thread, by capability; those of the smallest tiles without gains, which decoding uses, leave room for more
+blocks at a time: at 128 there are four on a multiprocessor."""
 
 SPILLS = 32
 """Bytes that the compiler may put aside to fit one more block, where there are gains or operands are wide."""
@@ -37,13 +42,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.without_gpu("kernels are compiled ahead of time, for GPUs that need not be there")
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_configuration_fits_and_multiplies_alike(compiled: list[dict[str, Any]], capability: int) -> None:
     here = [one for one in compiled if one["capability"] == capability]
     assert {one["kernel"] for one in here} >= {"shrink_kernel", "expand_kernel", "row_sum_kernel"}
     for one in here:
         decodes = one.get("rows") == 16 and not one.get("gains")
-        budget = {**REGISTERS, **PLAIN_DECODE} if decodes else REGISTERS
+        budget = {**REGISTERS, **PLAIN_DECODE[capability]} if decodes else REGISTERS
         assert one["registers"] <= budget.get(one["kernel"], 128), one
         assert one["spills"] <= (SPILLS if one.get("gains") or one["dtype"] == "fp32" else 0), one
         assert one["shared"] <= SHARED, one

@@ -1,4 +1,4 @@
-"""Gains, weights and rows with several entries, in the interpreter, against dense products in float64."""
+"""Gains, weights and rows with several entries against dense products in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from loraplex.kernels.lora_launch import StepWork, add_entries
 from loraplex.kernels.lora_tiles import DeviceEntries, EntryLists, list_entries
 
-CPU = torch.device("cpu")
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 Entry = tuple[int, Any, int | None, float]
 """Row, adapter, expert, weight."""
@@ -26,7 +25,7 @@ def lists_of(table: Any, entries: list[Entry], x_rows: Any = None) -> EntryLists
 
 def add(pool: Any, table: Any, lists: EntryLists, y: Any, x: Any, group: Any, **rest: Any) -> None:
     """One group of layer 0, with tensors a little larger than the lists."""
-    entries = DeviceEntries.copy_of(lists, CPU, entries=len(lists.order) + 3, rows=len(lists.order) + 1)
+    entries = DeviceEntries.copy_of(lists, pool.device, entries=len(lists.order) + 3, rows=len(lists.order) + 1)
     work = StepWork.of(entries, table, pool.dtype)
     add_entries(y, x, pool.chunks(0), table, entries, work, 0, group, **rest)
 
@@ -80,7 +79,7 @@ def test_gains_of_rows_with_one_entry_multiply_the_product_before_it_changes(
     table = make_table(pool, [dora])
     entries: list[Entry] = [(row, dora, None, 0.5) for row in (2, 0, 1)]
     y, x = pool.normal(3, sum(group.out_features)), pool.normal(3, 100)
-    reference = expected(bench, group, entries, y, x, torch.zeros(y.shape[1]))
+    reference = expected(bench, group, entries, y, x, torch.zeros_like(y[0]))
     add(pool, table, lists_of(table, entries), y, x, group)
     assert_close(y, reference)
 

@@ -1,4 +1,4 @@
-"""Shrink and expand of plain adapters, in the interpreter, against the plain reference."""
+"""Shrink and expand of plain adapters against the plain reference."""
 
 from __future__ import annotations
 
@@ -153,8 +153,8 @@ def test_a_step_of_base_rows_changes_nothing(make_pool: Any, make_step: Any, for
     pool = make_pool(num_layers=1)
     step, group = make_step(pool, [], (4, 4), for_any), pool.widths.groups["qkv"]
     assert not step.work.starts[..., :5].any()
-    y = torch.ones(3, sum(group.out_features))
-    assert torch.equal(step.add(y.clone(), torch.full((3, 100), float("nan")), 0, group), y)
+    y, x = pool.normal(3, sum(group.out_features)), pool.normal(3, 100) * float("nan")
+    assert torch.equal(step.add(y.clone(), x, 0, group), y)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +246,10 @@ def test_embedded_tokens_match_the_reference(
     pool = make_pool(dtype=dtype, num_layers=3)
     adapters = [pool.load({"embed_tokens": 20, "lm_head": 2}), pool.load({"embed_tokens": 3}), pool.load(4)]
     segments, group = make_segments(2, zip(adapters, (1, 18, 2))), pool.widths.embedding
-    table, tokens = make_table(pool, adapters), torch.from_numpy(pool.tokens(23))
+    table, tokens = make_table(pool, adapters), torch.from_numpy(pool.tokens(23)).to(pool.device)
     units = np.concatenate([np.full(s.stop - s.start, table.unit_of(s.adapter)) for s in segments])
     lists = list_entries(units, np.arange(2, 23))
-    entries = DeviceEntries.copy_of(lists, torch.device("cpu"), entries=32, tiles=8)
+    entries = DeviceEntries.copy_of(lists, pool.device, entries=32, tiles=8)
     y = pool.normal(23, pool.widths.hidden)
     expected = add_embedding_lora_reference(y, tokens, pool.arena, segments, group)
     work = StepWork.of(entries, table, dtype)

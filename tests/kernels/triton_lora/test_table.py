@@ -52,7 +52,7 @@ def test_a_full_table_grows_and_keeps_what_it_has(make_pool: Any, make_table: An
     assert tight.generation > roomy.generation
     assert all(len(getattr(tight, name)) >= 8 for name in ("first_page", "records"))
     for name in ("pages", "first_page", "record_of", "records", "scales", "routers"):
-        assert torch.equal(getattr(tight, name), torch.from_numpy(tight._host[name]))
+        assert torch.equal(getattr(tight, name).cpu(), torch.from_numpy(tight._host[name]))
 
 
 def test_launch_facts_never_fall_and_mark_a_new_generation(make_pool: Any, make_table: Any, make_mixtures: Any) -> None:

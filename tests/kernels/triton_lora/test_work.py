@@ -77,7 +77,7 @@ def test_the_device_counts_as_the_host_does(make_pool: Any, make_table: Any, til
     table, widths = make_table(pool, adapters), pool.widths
     units = np.array([table.unit_of(adapters[i]) for i in (2, 0, 1, 1, 0, 2, 1)])
     lists = list_entries(units, np.arange(7), block_rows=16)
-    entries = DeviceEntries.copy_of(lists, CPU, tiles=tiles)
+    entries = DeviceEntries.copy_of(lists, pool.device, tiles=tiles)
     every = StepWork.of(entries, table, torch.bfloat16)
     places = [(layer, group) for layer in (0, 1) for group in widths.groups.values()]
     for layer, group in [*places, (None, widths.lm_head), (None, widths.embedding)]:
@@ -97,15 +97,16 @@ def test_a_group_that_no_adapter_has_is_not_launched(make_pool: Any, make_step: 
     step, group = make_step(pool, make_segments(0, [(pool.load({"q_proj": 4}), 2)])), pool.widths.groups["o"]
     assert step.work.places[group.sites][1].idle
     assert count_blocks(step.lists, step.table, 0, group, capacity=(16, 16)).shrink_programs == 0
-    y = torch.ones(2, 100)
-    assert torch.equal(step.add(y.clone(), torch.full((2, 100), float("nan")), 0, group), y)
+    y, x = pool.normal(2, 100), pool.normal(2, 100) * float("nan")
+    assert torch.equal(step.add(y.clone(), x, 0, group), y)
 
 
 def test_one_site_of_a_group_may_be_counted_alone(make_pool: Any, make_table: Any) -> None:
     pool = make_pool(num_layers=1)
     adapter = pool.load({"q_proj": 8, "k_proj": 40})
     table = make_table(pool, [adapter])
-    entries = DeviceEntries.copy_of(list_entries(np.array([table.unit_of(adapter)]), np.array([4])), CPU)
+    lists = list_entries(np.array([table.unit_of(adapter)]), np.array([4]))
+    entries = DeviceEntries.copy_of(lists, pool.device)
     work = StepWork.at(entries, table, torch.bfloat16, 0, SiteGroup(("k_proj",), 100, (64,)))
     assert work.places[("k_proj",)][1].rank == 64
     assert work.starts[0, 0, :, 1].tolist() == [3, 1]

@@ -1,40 +1,43 @@
-"""Mixtures on the device, in Triton's interpreter, which has to be chosen before Triton is first imported."""
+"""Mixtures on the device: a GPU, or Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-_before = os.environ.get("TRITON_INTERPRET")
-os.environ["TRITON_INTERPRET"] = "1"
-import triton.experimental.gluon  # noqa: E402, F401  (the interpreter imports it later, when the variable is gone)
+from loraplex.kernels import triton_runtime
+from loraplex.kernels.adapter_table import AdapterTable
+from loraplex.kernels.lora_plan import UnitSet
+from loraplex.kernels.lora_rows import ResidentAdapter
+from loraplex.kernels.routed_lists import PADDING, DeviceRouted, RoutedLists, list_routed
+from loraplex.kernels.router_plan import RoutedBatch, RoutedRows
+from loraplex.memory.adapter_image import build_image
+from loraplex.memory.adapter_spec import AdapterSpec, LowRankPair, Router, Routing
+from loraplex.memory.transfer import page_in
 
-from loraplex.kernels import device_mixture  # noqa: E402, F401  (its kernels are made when it is imported)
-from loraplex.kernels.adapter_table import AdapterTable  # noqa: E402
-from loraplex.kernels.lora_plan import UnitSet  # noqa: E402
-from loraplex.kernels.lora_rows import ResidentAdapter  # noqa: E402
-from loraplex.kernels.routed_lists import PADDING, DeviceRouted, RoutedLists, list_routed  # noqa: E402
-from loraplex.kernels.router_plan import RoutedBatch, RoutedRows  # noqa: E402
-from loraplex.memory.adapter_image import build_image  # noqa: E402
-from loraplex.memory.adapter_spec import AdapterSpec, LowRankPair, Router, Routing  # noqa: E402
-from loraplex.memory.transfer import page_in  # noqa: E402
-
-if _before is None:
-    del os.environ["TRITON_INTERPRET"]
-else:
-    os.environ["TRITON_INTERPRET"] = _before
-
-CPU = torch.device("cpu")
 LAYER = 1
 
 
-def send(lists: RoutedLists, *, spare: int = 0, most: int | None = None, **facts: Any) -> DeviceRouted:
+@pytest.fixture(scope="session", autouse=True)
+def interpreted(interpreter: None, device: torch.device) -> None:
+    """Without a GPU, nothing here runs unless the interpreter was chosen before Triton was first imported."""
+    assert (device.type == "cuda") != triton_runtime.INTERPRETED
+
+
+@pytest.fixture
+def pool_device(device: torch.device) -> torch.device:
+    return device
+
+
+def send(
+    lists: RoutedLists, device: torch.device, *, spare: int = 0, most: int | None = None, **facts: Any
+) -> DeviceRouted:
     """Lists on the device, with room for so many more entries, and so many slots an entry."""
     capacity = len(lists.rows) + spare
     slots = most or lists.most
@@ -44,16 +47,16 @@ def send(lists: RoutedLists, *, spare: int = 0, most: int | None = None, **facts
         filler = PADDING[name]
         padded = np.full(sizes[name], array[-1] if filler is None else filler, dtype=array.dtype)
         padded[: len(array)] = array
-        found[name] = torch.from_numpy(padded)
+        found[name] = torch.from_numpy(padded).to(device)
     facts = {"max_experts": lists.max_experts, "block_rows": lists.block_rows, **facts}
     return DeviceRouted.of(found, slots, **facts)
 
 
-def on_host(parts: Sequence[RoutedRows]) -> RoutedBatch:
+def on_host(parts: Sequence[RoutedRows], device: torch.device) -> RoutedBatch:
     """The same rows for the host's routing, which is proved against dense products."""
     adapters = dict.fromkeys(part.adapter for part in parts)
     units = [(adapter, expert) for adapter in adapters for expert in range(adapter.routing.num_experts)]
-    return RoutedBatch(tuple(parts), UnitSet(tuple(units), CPU))
+    return RoutedBatch(tuple(parts), UnitSet(tuple(units), device))
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Bench:
             [widths.lm_head, widths.embedding],
             num_layers=self.pool.num_layers,
             page_chunks=self.pool.arena.shape[2] // 128,
-            device=CPU,
+            device=self.pool.device,
         )
 
     @property
@@ -95,7 +98,7 @@ class Bench:
         pairs = [self._pair(s, e, ranks[e % len(ranks)], gains) for s in experts for e in range(num_experts)]
         found = []
         for site in routers:
-            weight = pool.normal(num_experts, self._router_width(site)).float() / 4
+            weight = pool.draw(num_experts, self._router_width(site)).float() / 4
             found.append(Router(LAYER, site, weight[:1].expand_as(weight).contiguous() if tied else weight))
         routing = Routing(num_experts=num_experts, **rules)
         spec = AdapterSpec("id", "any", tuple(pairs), routers=tuple(found), routing=routing)
@@ -116,8 +119,8 @@ class Bench:
         if not pairs:
             return torch.zeros_like(base)
         (pair,) = pairs
-        delta = pair.scale * (pair.b.double() @ (pair.a.double() @ x))
-        return delta if pair.gain is None else pair.gain.double() * (base - bias + delta) - (base - bias)
+        delta = pair.scale * (pair.b.to(x) @ (pair.a.to(x) @ x))
+        return delta if pair.gain is None else pair.gain.to(x) * (base - bias + delta) - (base - bias)
 
     def weights(self, adapter: ResidentAdapter, site: str, x: torch.Tensor) -> dict[int, float]:
         """Chosen experts and their weights, by the words of ``Routing``."""
@@ -126,7 +129,7 @@ class Bench:
         routers = [router for router in spec.routers if router.site == site]
         if rules is None or not routers:
             return {}
-        p = (routers[0].weight.double() @ x).softmax(0)
+        p = (routers[0].weight.to(x) @ x).softmax(0)
         if rules.temperature > 0:
             p = p / rules.temperature
         chosen: dict[int, float] = {}
@@ -139,13 +142,13 @@ class Bench:
         return {e: weight / total for e, weight in chosen.items()}
 
     def routed(self, parts: Sequence[RoutedRows], **options: Any) -> DeviceRouted:
-        return send(list_routed(parts, self.table), **options)
+        return send(list_routed(parts, self.table), self.pool.device, **options)
 
     def _pair(self, site: str, expert: int, rank: int, gains: bool) -> LowRankPair:
         in_features, out_features = self.pool.widths.features(site)
-        a = self.pool.normal(rank, in_features) / in_features**0.5
-        b = self.pool.normal(out_features, rank) / rank**0.5
-        gain = 1 + self.pool.normal(out_features).float() / 4 if gains else None
+        a = self.pool.draw(rank, in_features) / in_features**0.5
+        b = self.pool.draw(out_features, rank) / rank**0.5
+        gain = 1 + self.pool.draw(out_features).float() / 4 if gains else None
         return LowRankPair(site, LAYER, a, b, 0.5 + 0.1 * rank, expert, gain)
 
     def _router_width(self, site: str) -> int:
@@ -163,10 +166,10 @@ def make_bench(make_pool: Any, make_widths: Any) -> Callable[..., Bench]:
 
 
 @pytest.fixture
-def send_lists() -> Callable[..., DeviceRouted]:
-    return send
+def send_lists(device: torch.device) -> Callable[..., DeviceRouted]:
+    return partial(send, device=device)
 
 
 @pytest.fixture
-def route_on_host() -> Callable[[Sequence[RoutedRows]], RoutedBatch]:
-    return on_host
+def route_on_host(device: torch.device) -> Callable[[Sequence[RoutedRows]], RoutedBatch]:
+    return partial(on_host, device=device)

@@ -15,7 +15,7 @@ CAPABILITIES = (80, 90, 100)
 REGISTERS = {
     "router_scores_kernel": 176,
     "choose_kernel": 48,
-    "sort_slots_kernel": 48,
+    "sort_slots_kernel": 120,
     "cut_tiles_kernel": 96,
     "expert_hidden_kernel": 176,
     "combine_kernel": 40,
@@ -45,6 +45,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.without_gpu("kernels are compiled ahead of time, for GPUs that need not be there")
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_kernel_fits(records: list[dict[str, Any]], capability: int) -> None:
     here = [record for record in records if record["target"] == capability]

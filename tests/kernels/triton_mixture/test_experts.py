@@ -101,8 +101,8 @@ class Base:
 
     def _biases(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.gate_up_bias is None or self.down_bias is None:
-            ffn = torch.zeros(self.down.shape[1], dtype=torch.float64)
-            return ffn, ffn, torch.zeros(len(self.down), dtype=torch.float64)
+            ffn = torch.zeros_like(self.down[0], dtype=torch.float64)
+            return ffn, ffn, torch.zeros_like(self.down[:, 0], dtype=torch.float64)
         gate, up = self.gate_up_bias.double().chunk(2)
         return gate, up, self.down_bias.double()
 
@@ -209,5 +209,5 @@ def test_rows_of_an_adapter_without_a_router_in_the_layer_are_left_to_the_others
     experts = run_experts(gate_up, x, chunks, bench.table, routed, 0, groups["gate_up"], None, "silu")
     assert torch.equal(experts.combine(3, h.clone), h)
     after = y.clone()
-    experts.add_down(after, chunks, 0, groups["down"], lambda hidden: hidden @ torch.zeros(72, 100), bias)
+    experts.add_down(after, chunks, 0, groups["down"], lambda hidden: hidden.new_zeros(len(hidden), 100), bias)
     assert torch.equal(after, y)

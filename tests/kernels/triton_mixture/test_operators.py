@@ -11,7 +11,7 @@ import torch
 from loraplex.kernels.device_mixture import run_experts
 from loraplex.kernels.router_plan import RoutedRows
 
-NAMES = ("route_on_device", "sort_on_device", "expert_hidden", "combine_experts", "share_bias")
+OPERATORS = ("route_on_device", "sort_on_device", "expert_hidden", "combine_experts", "share_bias")
 
 
 class Recorder:
@@ -28,7 +28,7 @@ class Recorder:
         return call
 
 
-def test_every_operator_passes_opcheck(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_operator_passes_opcheck(make_bench: Any, check_operator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, recorder = make_bench(), Recorder()
     adapter = bench.load(
         experts=("gate_proj", "down_proj"), routers=("mlp",), scope="ffn", num_experts=2, limit=2, renormalize=True
@@ -41,8 +41,6 @@ def test_every_operator_passes_opcheck(make_bench: Any, monkeypatch: pytest.Monk
     experts = run_experts(normal(1, 144), normal(1, 100), *arguments)
     experts.combine(1, lambda: normal(1, 72))
     experts.add_down(normal(1, 100), bench.chunks, 1, groups["down"], lambda hidden: hidden, normal(100))
-    assert set(recorder.calls) == set(NAMES)
-    for name in NAMES:
-        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        operator = getattr(torch.ops.loraplex, name).default
-        torch.library.opcheck(operator, recorder.calls[name], test_utils=checks)
+    assert set(recorder.calls) == set(OPERATORS)
+    for name in OPERATORS:
+        check_operator(name, recorder.calls[name])
