@@ -49,7 +49,7 @@ def count_pages(
     num_pages = budget // page_bytes
     if num_pages < 1:
         raise ValueError(
-            f"the pool has {budget} bytes of {available} that are available, where steps may need {step_bytes}, but one "
-            f"page takes {page_bytes}"
+            f"the pool has {budget} bytes, but one page takes {page_bytes}; {available} bytes are available on the "
+            f"device, and steps may need {step_bytes}"
         )
     return num_pages

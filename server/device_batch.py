@@ -26,6 +26,9 @@ from loraplex.server.lanes import Lanes
 from loraplex.server.request import Sequence as TokenSequence
 from loraplex.server.step_plan import Chunk
 
+PROMPT_BLOCK_ROWS = 64
+"""Entries of a tile at most in steps with prompts: many rows of an adapter are several blocks, which run at once."""
+
 Array = npt.NDArray[Any]
 Int32Array = npt.NDArray[np.int32]
 
@@ -44,6 +47,7 @@ class DeviceBatch:
         logit_rows: what is wanted of each logit row; None where each chunk samples at its last row and nowhere else.
         logit_entries: the adapters' work on the logit rows; None where those are all rows, in order.
         pieces: of chunks, with their first rows, where choices of experts are noted in ``log``.
+        only_samples: whether no logits are wanted but those of samples.
     """
 
     chunks: Sequence[Chunk]
@@ -55,10 +59,15 @@ class DeviceBatch:
     logit_entries: StepEntries | None
     pieces: list[tuple[int, Piece]]
     log: RouteLog | None
+    only_samples: bool = True
 
     @property
     def num_rows(self) -> int:
         return len(self.arrays["tokens"])
+
+    @property
+    def num_logits(self) -> int:
+        return self.num_rows if self.logit_entries is None else len(self.arrays["logit_rows"])
 
     @property
     def only_decodes(self) -> bool:
@@ -152,7 +161,8 @@ class DeviceBatchMaker:
         self._plan_attention(arrays, stops, rows, num_decodes)
         log = RouteLog() if self._logs_routes or any(routings) else None
         special = self._special(ordered, lanes, first_rows, rows)
-        entries = self._entries.make(lane_of_row, positions, special, log)
+        tile = None if num_decodes == len(rows) else PROMPT_BLOCK_ROWS
+        entries = self._entries.make(lane_of_row, positions, special, log, block_rows=tile)
         pieces = [] if log is None else self._pieces(ordered, first_rows)
         logit_rows, logit_entries = None, None
         if num_decodes < len(rows) or not all(samples) or any(prompt_logprobs):
@@ -175,6 +185,7 @@ class DeviceBatchMaker:
             logit_entries,
             pieces,
             log,
+            not any(prompt_logprobs),
         )
 
     def _go_on(self, chunks: Sequence[Chunk], last: _Decoding) -> DeviceBatch:
@@ -229,7 +240,7 @@ class DeviceBatchMaker:
     def _plan_attention(self, arrays: dict[str, Array], stops: Int64Array, rows: Int64Array, num_decodes: int) -> None:
         lengths = stops[:num_decodes].astype(np.int32)
         arrays["lengths"] = lengths
-        for window in self._windows if num_decodes else ():
+        for window in self._windows:
             splits = count_splits(lengths, window or 0)
             last = self._splits.get(window)
             if last is None or not np.array_equal(last[0], splits):
@@ -239,7 +250,7 @@ class DeviceBatchMaker:
             row_starts = np.zeros(len(stops) - num_decodes + 1, dtype=np.int32)
             np.cumsum(rows[num_decodes:], out=row_starts[1:])
             prompt_lengths = stops[num_decodes:].astype(np.int32)
-            arrays["row_starts"], arrays["prompt_lengths"] = row_starts, prompt_lengths
+            arrays["row_starts"], arrays["prompt_lengths"] = row_starts + np.int32(num_decodes), prompt_lengths
             arrays["prefill_tiles"] = prefill_tiles(row_starts, prompt_lengths, self._prompt_tile)
 
     def _special(

@@ -17,6 +17,7 @@ from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.transfer import TransferStats
 from loraplex.server.decoder import Decoder, heads_of, rotary_of
 from loraplex.server.device_batch import DeviceBatchMaker
+from loraplex.server.device_capacities import ShapeLimits
 from loraplex.server.device_program import Machine
 from loraplex.server.device_runner import DeviceLimits, DeviceRunner
 from loraplex.server.engine_config import EngineConfig
@@ -24,6 +25,9 @@ from loraplex.server.messages import EngineInfo
 from loraplex.server.routing_report import ExpertCounts
 from loraplex.server.traits import ModelTraits
 from loraplex.server.weights import DecoderWeights
+
+_GRAPH_PROMPT_ROWS = 1024
+"""Steps with prompts of more rows take the device longer than the host takes to launch them."""
 
 
 def build_device_runner(
@@ -60,26 +64,30 @@ def build_device_runner(
         decoder,
         arena,
         table,
-        torch.zeros((config.max_running, max_pages), dtype=torch.int32, device=device),
+        torch.zeros((2 * config.max_running + 1, max_pages), dtype=torch.int32, device=device),
         torch.zeros(config.max_running, dtype=torch.int64, device=device),
         torch.cuda.Stream(device) if device.type == "cuda" else None,
         _flashinfer(config, traits, shape, windows, max_pages, device),
     )
+    prompt_tile = tile_queries(traits.num_heads, traits.num_kv_heads, traits.head_dim, shape.dtype)
     batches = DeviceBatchMaker(
         kv,
         table,
         windows,
         max_sequences=config.max_running,
         max_pages=max_pages,
-        prompt_tile=tile_queries(traits.num_heads, traits.num_kv_heads, traits.head_dim, shape.dtype),
+        prompt_tile=prompt_tile,
         logs_routes=expert_counts is not None,
     )
+    shapes = ShapeLimits(info.num_pages * shape.page_tokens, config.max_running, prompt_tile, windows)
     limits = DeviceLimits(
-        graph_rows=config.max_running if config.graphs else 0, pool_tokens=info.num_pages * shape.page_tokens
+        shapes=shapes,
+        graph_rows=config.max_running if config.graphs else 0,
+        graph_prompt_rows=_GRAPH_PROMPT_ROWS if config.graphs else 0,
     )
     runner = DeviceRunner(machine, batches, TransferStats(), limits, expert_counts)
     if device.type == "cuda":
-        runner.prepare(windows)
+        runner.prepare()
     return runner
 
 

@@ -82,6 +82,7 @@ class EntryMaker:
         log: RouteLog | None = None,
         *,
         routes: bool = True,
+        block_rows: int | None = None,
     ) -> StepEntries:
         """The entries of rows.
 
@@ -91,6 +92,7 @@ class EntryMaker:
             special: the chunks whose lanes are ``is_special``, with their rows, which stand in order of position.
             log: where choices that are known already are noted.
             routes: False for rows at which no layer runs.
+            block_rows: entries of a tile at most; by default as ``choose_block_rows`` says.
         """
         lanes = self._lanes
         acts = positions >= lanes.acts_from[lane_of_row]
@@ -98,7 +100,8 @@ class EntryMaker:
             return self._last
         can_keep = not lanes.reads_tokens[lane_of_row].any()
         self._key = (lanes.version, lane_of_row, acts) if can_keep else None
-        self._last = self._list_rows(np.where(acts, lanes.units[lane_of_row], NO_UNIT), positions, special, log, routes)
+        units = np.where(acts, lanes.units[lane_of_row], NO_UNIT)
+        self._last = self._list_rows(units, positions, special, log, routes, block_rows)
         return self._last
 
     @property
@@ -121,12 +124,18 @@ class EntryMaker:
         )
 
     def _list_rows(
-        self, units: Int64Array, positions: Int64Array, special: Iterable[Span], log: RouteLog | None, routes: bool
+        self,
+        units: Int64Array,
+        positions: Int64Array,
+        special: Iterable[Span],
+        log: RouteLog | None,
+        routes: bool,
+        block_rows: int | None,
     ) -> StepEntries:
         rows = np.flatnonzero(units != NO_UNIT)
         spans = list(special)
         if not spans:
-            return StepEntries(list_entries(units[rows], rows) if len(rows) else None)
+            return StepEntries(list_entries(units[rows], rows, block_rows=block_rows) if len(rows) else None)
         listed = _Listed([units[rows]], [rows], [np.ones(len(rows), dtype=np.float32)])
         routed: dict[str, dict[tuple[ResidentAdapter, float], list[Int64Array]]] = {"linear": {}, "ffn": {}}
         for chunk, start, stop in spans:
@@ -134,7 +143,7 @@ class EntryMaker:
             if len(acting):
                 self._list_chunk(chunk, acting, positions[acting], listed, routed, log)
         return StepEntries(
-            self._list(listed),
+            self._list(listed, block_rows),
             self._route(routed["linear"]) if routes else None,
             self._route(routed["ffn"]) if routes else None,
         )
@@ -181,11 +190,11 @@ class EntryMaker:
         units = self._table.unit_of(adapter, 0) + experts.astype(np.int64).ravel()
         listed.add(units, np.repeat(rows, experts.shape[1]), (weights * np.float32(weight)).ravel())
 
-    def _list(self, listed: _Listed) -> EntryLists | None:
-        units = np.concatenate(listed.units)
+    def _list(self, listed: _Listed, block_rows: int | None) -> EntryLists | None:
+        units, rows = np.concatenate(listed.units), np.concatenate(listed.rows)
         if not len(units):
             return None
-        return list_entries(units, np.concatenate(listed.rows), weights=np.concatenate(listed.weights))
+        return list_entries(units, rows, weights=np.concatenate(listed.weights), block_rows=block_rows)
 
     def _route(self, rows: dict[tuple[ResidentAdapter, float], list[Int64Array]]) -> RoutedLists | None:
         if not rows:

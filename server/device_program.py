@@ -6,15 +6,13 @@ filled with work that does nothing. So one graph serves every step that fits, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from loraplex.kernels import lora_tiles, routed_lists
 from loraplex.kernels.adapter_table import AdapterTable
 from loraplex.kernels.device_adapters import Arriving, ChoiceLog, DeviceAdapters
 from loraplex.kernels.flashinfer_attention import FlashInferAttention
@@ -22,69 +20,19 @@ from loraplex.kernels.graph_memory import borrowed
 from loraplex.kernels.lora_launch import StepWork
 from loraplex.kernels.lora_tiles import DeviceEntries, EntryLists
 from loraplex.kernels.paged_attention import PagedPlan
-from loraplex.kernels.paged_decode import MAX_SPLITS, SPLIT_KEYS
-from loraplex.kernels.routed_lists import DeviceRouted, RoutedLists
-from loraplex.kernels.step_buffers import BufferLayout, Field, HostRing
+from loraplex.kernels.routed_lists import DeviceRouted
+from loraplex.kernels.step_buffers import BufferLayout, HostRing
 from loraplex.server.decoder import Decoder, DecoderInput
 from loraplex.server.device_batch import DeviceBatch
+from loraplex.server.device_capacities import (
+    Capacities,
+    EntryCapacity,
+    RoutedCapacity,
+    step_fields,
+    work_arrays,
+    work_fields,
+)
 from loraplex.server.device_entries import StepEntries
-
-Array = npt.NDArray[Any]
-
-NO_TABLE = -1
-"""Stands for the generation of a table where a step does not depend on it."""
-
-_FLOATS = ("weights", "top_p", "temperature")
-
-
-@dataclass(frozen=True, slots=True)
-class EntryCapacity:
-    """Of lists of entries: entries, tiles (a power of two), rows that are sums (0: no row has two entries)."""
-
-    entries: int
-    tiles: int
-    sums: int
-    block_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedCapacity:
-    """Of lists of routed entries: entries, tiles, slots of an entry, experts of a router."""
-
-    entries: int
-    tiles: int
-    most: int
-    max_experts: int
-    block_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Capacities:
-    """What a step may hold, and all else that its launches depend on.
-
-    Attributes:
-        rows, decodes: of the step; a step without prompts has as many of one as of the other.
-        decode_tiles: by window.
-        prompts, prefill_tiles: of chunks of prompts.
-        logits: rows whose logits are wanted; None: all rows, in order.
-        entries, linear, ffn: the adapters' work on the rows.
-        logit_entries: on the logit rows.
-        model_sites: the model sites that any adapter in the pool has.
-        generation: of the adapter table; ``NO_TABLE`` where there is no work for adapters.
-    """
-
-    rows: int
-    decodes: int
-    decode_tiles: tuple[tuple[int | None, int], ...]
-    prompts: int = 0
-    prefill_tiles: int = 0
-    logits: int | None = None
-    entries: EntryCapacity | None = None
-    linear: RoutedCapacity | None = None
-    ffn: RoutedCapacity | None = None
-    logit_entries: EntryCapacity | None = None
-    model_sites: frozenset[str] = frozenset()
-    generation: int = NO_TABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +43,7 @@ class Machine:
         decoder: with paged attention.
         arena: [num_layers, num_pages, page_elems].
         table: of the adapters in the pool.
-        page_table: [sequences, pages] int32.
+        page_table: [2 * sequences + 1, pages] int32: of the rows that decode, and behind ``max_sequences`` of prompts.
         sampled: [sequences] int64, the tokens that the last launch sampled.
         beside: a stream for what can run beside the base's products; None runs all in order.
         flashinfer: makes FlashInfer's kernels for steps of so many rows that decode (0: for any step), where those are
@@ -114,178 +62,9 @@ class Machine:
     def device(self) -> torch.device:
         return self.arena.device
 
-
-def bucket(count: int) -> int:
-    """The capacity that ``count`` rows are padded to: at most half as many again, and few different ones."""
-    if count <= 8:
-        return 1 << max(count - 1, 0).bit_length()
-    step = 8 if count <= 64 else 16 if count <= 128 else 32
-    return -(-count // step) * step
-
-
-def exact_capacities(batch: DeviceBatch, model_sites: frozenset[str], generation: int) -> Capacities:
-    """Just what a step needs."""
-    arrays = batch.arrays
-    prompts = len(batch.chunks) - batch.num_decodes
-    capacities = Capacities(
-        rows=batch.num_rows,
-        decodes=batch.num_decodes,
-        decode_tiles=tuple(_count_tiles(arrays).items()),
-        prompts=prompts,
-        prefill_tiles=len(arrays["prefill_tiles"]) if prompts else 0,
-        logits=None if batch.logit_entries is None else len(arrays["logit_rows"]),
-        entries=_entries(batch.entries.lists, None),
-        linear=_routed(batch.entries.linear, None),
-        ffn=_routed(batch.entries.ffn, None),
-        logit_entries=None if batch.logit_entries is None else _entries(batch.logit_entries.lists, None),
-    )
-    return _with_table(capacities, model_sites, generation)
-
-
-def bucket_capacities(batch: DeviceBatch, pool_tokens: int, model_sites: frozenset[str], generation: int) -> Capacities:
-    """What the bucket of a step that only decodes needs, whatever the lengths and the mix of its rows.
-
-    Args:
-        pool_tokens: whose keys fit the pool: so many are split among tiles, unless sequences share pages.
-    """
-    rows = bucket(batch.num_rows)
-    capacities = replace(
-        empty_bucket(rows, pool_tokens, _count_tiles(batch.arrays)),
-        entries=_entries(batch.entries.lists, rows),
-        linear=_routed(batch.entries.linear, rows),
-        ffn=_routed(batch.entries.ffn, rows),
-    )
-    return _with_table(capacities, model_sites, generation)
-
-
-def empty_bucket(rows: int, pool_tokens: int, tiles: Mapping[int | None, int]) -> Capacities:
-    """A bucket of rows that decode and have no adapters; ``tiles`` are needed of each window."""
-    usual = 2 * rows + pool_tokens // SPLIT_KEYS
-    return Capacities(
-        rows=rows,
-        decodes=rows,
-        decode_tiles=tuple(
-            # Sequences that begin alike share pages, and may have more keys between them than the pool.
-            (window, min(rows * MAX_SPLITS, max(usual, _power_of_two(count))))
-            for window, count in tiles.items()
-        ),
-    )
-
-
-def usual_buckets(
-    max_rows: int, pool_tokens: int, windows: Sequence[int | None], generation: int
-) -> Iterator[Capacities]:
-    """What decoding mostly needs: every bucket of rows, without adapters and with one adapter a row."""
-    for rows in sorted({bucket(count) for count in range(1, max_rows + 1)}):
-        plain = empty_bucket(rows, pool_tokens, dict.fromkeys(windows, rows))
-        yield plain
-        entries = EntryCapacity(rows, _power_of_two(rows), 0, lora_tiles.ROW_BLOCKS[0])
-        yield _with_table(replace(plain, entries=entries), frozenset(), generation)
-
-
-def _with_table(capacities: Capacities, model_sites: frozenset[str], generation: int) -> Capacities:
-    has = capacities
-    if has.entries is None and has.linear is None and has.ffn is None and has.logit_entries is None:
-        return has
-    return replace(has, model_sites=model_sites, generation=generation)
-
-
-def _count_tiles(arrays: Mapping[str, Array]) -> dict[int | None, int]:
-    found = {name.removeprefix("tiles_"): len(array) for name, array in arrays.items() if name.startswith("tiles_")}
-    return {None if name == "None" else int(name): count for name, count in found.items()}
-
-
-def _entries(lists: EntryLists | None, rows: int | None) -> EntryCapacity | None:
-    """Exact, or for any entries of so many rows: one each, or a power of two in all where some row has two."""
-    if lists is None:
-        return None
-    count, tiles, sums = len(lists.order), len(lists.tile_units), 0 if lists.sum_rows is None else len(lists.sum_rows)
-    if rows is not None:
-        count = max(_power_of_two(count), rows) if sums else rows
-        tiles, sums = count, rows if sums else 0
-    return EntryCapacity(count, _power_of_two(tiles), sums, lists.block_rows)
-
-
-def _routed(lists: RoutedLists | None, rows: int | None) -> RoutedCapacity | None:
-    if lists is None:
-        return None
-    count, tiles = len(lists.units), len(lists.tile_units)
-    if rows is not None:
-        count = max(_power_of_two(count), rows) if count > rows else rows
-        tiles = count
-    return RoutedCapacity(count, tiles, lists.most, lists.max_experts, lists.block_rows)
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
-
-
-def step_fields(capacities: Capacities) -> dict[str, Field]:
-    """The arrays of a step that change with every step, by name."""
-    found = {name: Field((capacities.rows,)) for name in ("tokens", "positions")}
-    found |= {name: Field((capacities.rows,), padding=-1) for name in ("sources", "slots")}
-    found["lengths"] = Field((capacities.decodes,))
-    for window, tiles in capacities.decode_tiles:
-        found[f"tiles_{window}"] = Field((tiles, 2))
-        found[f"tile_starts_{window}"] = Field((capacities.decodes + 1,), padding=None)
-    if capacities.prompts:
-        found["row_starts"] = Field((capacities.prompts + 1,))
-        found["prompt_lengths"] = Field((capacities.prompts,))
-        found["prefill_tiles"] = Field((capacities.prefill_tiles, 2))
-    if capacities.logits is not None:
-        found["logit_rows"] = Field((capacities.logits,))
-    return found
-
-
-def work_fields(capacities: Capacities) -> dict[str, Field]:
-    """The arrays of the adapters' work, which stay as long as rows keep their adapters, by name."""
-    found = _entry_fields("entries", capacities.entries)
-    found |= _entry_fields("logit_entries", capacities.logit_entries)
-    found |= _routed_fields("linear", capacities.linear)
-    found |= _routed_fields("ffn", capacities.ffn)
-    return found
-
-
-def _entry_fields(prefix: str, capacity: EntryCapacity | None) -> dict[str, Field]:
-    if capacity is None:
-        return {}
-    sizes = dict.fromkeys(("tile_units", "tile_firsts", "tile_counts"), capacity.tiles)
-    sizes |= {"sum_rows": capacity.sums, "sum_starts": capacity.sums + 1}
-    names = ["x_rows", "y_rows", "slots", "weights", "tile_units", "tile_firsts", "tile_counts"]
-    names += ["sum_rows", "sum_starts", "slot_units"] if capacity.sums else []
-    padding: dict[str, int | None] = {**lora_tiles.PADDING, "sum_starts": None}
-    return {
-        f"{prefix}.{name}": Field((sizes.get(name, capacity.entries),), name in _FLOATS, padding[name])
-        for name in names
-    }
-
-
-def _routed_fields(prefix: str, capacity: RoutedCapacity | None) -> dict[str, Field]:
-    if capacity is None:
-        return {}
-    sizes = dict.fromkeys(("tile_units", "tile_firsts", "tile_counts"), capacity.tiles)
-    sizes["slot_starts"] = capacity.entries + 1
-    return {
-        f"{prefix}.{name}": Field((sizes.get(name, capacity.entries),), name in _FLOATS, padding)
-        for name, padding in routed_lists.PADDING.items()
-    }
-
-
-def work_arrays(batch: DeviceBatch) -> dict[str, Array]:
-    """The arrays of a batch under the names of ``work_fields``."""
-    entries, logit_entries = batch.entries, batch.logit_entries
-    named = {
-        "entries": entries.lists,
-        "logit_entries": None if logit_entries is None else logit_entries.lists,
-        "linear": entries.linear,
-        "ffn": entries.ffn,
-    }
-    return {
-        f"{prefix}.{name}": array
-        for prefix, lists in named.items()
-        if lists is not None
-        for name, array in lists.arrays().items()
-    }
+    @property
+    def max_sequences(self) -> int:
+        return len(self.page_table) // 2
 
 
 class StepProgram:
@@ -333,8 +112,11 @@ class StepProgram:
             copies.append((host[size : size + work_size], self.work_buffer))
             self._work = batch.entries
         np.copyto(filled[size + work_size :].reshape(pages.shape), pages)
-        table = self._machine.page_table[: pages.shape[0], : pages.shape[1]]
-        ring.send([*copies, (host[size + work_size :].view(pages.shape), table)])
+        source, count, width = host[size + work_size :].view(pages.shape), batch.num_decodes, pages.shape[1]
+        for rows, first in ((source[:count], 0), (source[count:], self._machine.max_sequences)):
+            if len(rows):
+                copies.append((rows, self._machine.page_table[first : first + len(rows), :width]))
+        ring.send(copies)
 
     def plan_attention(self, batch: DeviceBatch | None) -> None:
         """Tell FlashInfer of a step, where it is used; None: of one whose rows all pad."""
@@ -349,7 +131,7 @@ class StepProgram:
         lengths = np.zeros(self.capacities.decodes, dtype=np.int32)
         lengths[: len(given.get("lengths", none))] = given.get("lengths", none)
         row_starts = given.get("row_starts", np.zeros(1, dtype=np.int32))
-        self._flashinfer.plan(pages, lengths, row_starts, given.get("prompt_lengths", none))
+        self._flashinfer.plan(pages, lengths, row_starts - row_starts[0], given.get("prompt_lengths", none))
 
     def capture(self, pool: Any) -> None:
         """Record the launches, which must have been compiled by a run before. Nothing runs.
@@ -400,17 +182,17 @@ class StepProgram:
 
     def _plan(self) -> PagedPlan:
         views, has = self._views, self.capacities
-        none = self.buffer[:0]
+        none, table, first = self.buffer[:0], self._machine.page_table, self._machine.max_sequences
         tiles = {window: (views[f"tiles_{window}"], views[f"tile_starts_{window}"]) for window, _ in has.decode_tiles}
         return PagedPlan(
             views["positions"],
             views["slots"],
-            has.decodes,
-            self._machine.page_table[: has.decodes + has.prompts],
             views["lengths"],
+            table[: has.decodes],
             tiles,
             views.get("row_starts", none),
             views.get("prompt_lengths", none),
+            table[first : first + has.prompts],
             views.get("prefill_tiles", none),
             self._flashinfer,
         )
@@ -432,7 +214,7 @@ class StepProgram:
             None if lists is None else lists.linear,
             None if lists is None else lists.ffn,
             log,
-            machine.beside,
+            machine.beside if batch is None else None,
         )
 
     def _logit_adapters(self, batch: DeviceBatch | None, arriving: Sequence[Arriving]) -> DeviceAdapters | None:

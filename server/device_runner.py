@@ -6,7 +6,7 @@ tokens stay on the device as the next step's input, and are copied to the host f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,15 @@ from loraplex.kernels.step_buffers import HostRing
 from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.transfer import AdapterTransfer, Arrival, TransferStats
 from loraplex.server.device_batch import DeviceBatch, DeviceBatchMaker
-from loraplex.server.device_program import (
+from loraplex.server.device_capacities import (
     NO_TABLE,
     Capacities,
-    Machine,
-    StepProgram,
+    ShapeLimits,
     bucket_capacities,
     exact_capacities,
     usual_buckets,
 )
+from loraplex.server.device_program import Machine, StepProgram
 from loraplex.server.logit_results import LogitResults, read_logits
 from loraplex.server.routing_report import ExpertCounts, routing_of_sequences
 from loraplex.server.step_plan import Chunk, FinishedStep, PendingStep, StepResult
@@ -40,12 +40,14 @@ class DeviceLimits:
     """What the runner makes room for.
 
     Attributes:
-        graph_rows: steps that only decode, of at most so many rows, are padded to a bucket and replayed from a graph.
-        pool_tokens: tokens whose K/V fits the pool.
+        shapes: what the shapes of steps follow from.
+        graph_rows: steps of at most so many rows that only decode are padded to a bucket and replayed from a graph,
+        graph_prompt_rows: and those with prompts. Longer ones keep the device busy while they are launched.
     """
 
+    shapes: ShapeLimits
     graph_rows: int
-    pool_tokens: int
+    graph_prompt_rows: int
 
 
 class DeviceRunner:
@@ -93,14 +95,10 @@ class DeviceRunner:
         """How often each expert was chosen, by identity, for the adapters with the most; empty where nobody asks."""
         return self._expert_counts.most() if self._expert_counts is not None else {}
 
-    def prepare(self, windows: Sequence[int | None]) -> None:
-        """Compile and capture what decoding mostly needs, so that no request waits for it.
-
-        Args:
-            windows: the distinct attention windows of the model's layers.
-        """
+    def prepare(self) -> None:
+        """Compile and capture what decoding mostly needs, so that no request waits for it."""
         limits = self._limits
-        usual = usual_buckets(limits.graph_rows, limits.pool_tokens, windows, self._machine.table.generation)
+        usual = usual_buckets(limits.graph_rows, limits.shapes, self._machine.table.generation)
         with torch.inference_mode():
             for capacities in usual:
                 program = self._program(capacities)
@@ -114,6 +112,10 @@ class DeviceRunner:
         adapter = ResidentAdapter(
             image.layout, pages, page_elems // 128, num_layers, num_pages, image.routing, image.token_routes
         )
+        # It may have been put out since for the sake of K/V, of which nobody told.
+        before = self._resident.pop(image.identity, None)
+        if before is not None:
+            self._machine.table.remove(before)
         self._machine.table.add(adapter)
         self._resident[image.identity] = adapter
         self._model_sites |= frozenset(image.layout.model)
@@ -164,16 +166,20 @@ class DeviceRunner:
 
     def _forward(self, batch: DeviceBatch, choices: ChoiceLog | None) -> torch.Tensor:
         """[logit rows, vocabulary] float32."""
-        is_plain = batch.only_decodes and not self._arrived and choices is None
-        if is_plain and batch.num_rows <= self._limits.graph_rows:
-            pool_tokens, generation = self._limits.pool_tokens, self._machine.table.generation
-            program = self._program(bucket_capacities(batch, pool_tokens, self._model_sites, generation))
+        if self._has_bucket(batch) and not self._arrived and choices is None:
+            shapes, generation = self._limits.shapes, self._machine.table.generation
+            program = self._program(bucket_capacities(batch, shapes, self._model_sites, generation))
             program.send(batch, self._ring)
-            return self._run(program)[: batch.num_rows]
+            return self._run(program)[: batch.num_logits]
         capacities = exact_capacities(batch, self._model_sites, self._machine.table.generation)
         program = StepProgram(capacities, self._machine, self._flashinfer)
         program.send(batch, self._ring)
         return program.run(batch, self._arrived, choices)
+
+    def _has_bucket(self, batch: DeviceBatch) -> bool:
+        if batch.only_decodes:
+            return batch.num_rows <= self._limits.graph_rows
+        return batch.only_samples and self._flashinfer is None and batch.num_rows <= self._limits.graph_prompt_rows
 
     def _program(self, capacities: Capacities) -> StepProgram:
         program = self._programs.pop(capacities, None)

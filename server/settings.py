@@ -71,6 +71,7 @@ class Settings(BaseSettings):
         description="Attention on CUDA; auto: triton, the same to the last bit in any batch. flashinfer is not, and "
         "has to be installed.",
     )
+    graphs: bool = Field(True, description="Replay steps that only decode from CUDA graphs; off to look for faults.")
     threads: int | None = Field(None, ge=1, description="CPU threads for the model; all cores if absent.")
     max_model_len: int | None = Field(None, ge=1, description="Longest context in tokens; the model's own if absent.")
 

@@ -13,8 +13,8 @@ POOL_FRACTION = {"cpu": 0.5, "cuda": 0.9}
 of a GPU's is lost between the allocations of steps of many shapes."""
 
 SAMPLING_BYTES = 72
-"""Of each logit of a row that is sampled, when top-p is in force: logits, weights, their order (int64), and three running
-sums in 64 bits with what they are made from (see ``sampler.py``)."""
+"""Of each logit of a row that is sampled, when top-p is in force: logits, weights, their order (int64), and three sums
+in 64 bits with what they are made from (see ``sampler.py``)."""
 
 LOGIT_BYTES = 6
 """Of each logit of a row of a step, as the model yields it and in float32."""
@@ -30,8 +30,8 @@ def step_bytes(config: EngineConfig, traits: ModelTraits, dtype: torch.dtype) ->
     """About the most that a step needs: every token of its budget has two adapters or experts and wants its logits, and
     every sequence is sampled with top-p."""
     q_size, kv_size, ffn = traits.q_size, traits.kv_size, traits.intermediate_size
-    # The residual twice and its norm, with the next layer's; queries, keys and values with the rotated queries and their
-    # result; gate, up and what comes of them.
+    # The residual and its norm, twice; queries, keys and values, the rotated queries and their result; gate, up and
+    # what comes of them.
     base = 4 * traits.hidden_size + (3 * q_size + 2 * kv_size) + 3 * ffn
     adapters = 2 * (4 * max(2 * ffn, q_size + 2 * kv_size) + ffn * dtype.itemsize)  # deltas in float32, and experts
     tokens = config.max_batch_tokens * (base * dtype.itemsize + adapters)

@@ -29,13 +29,8 @@ from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
 from loraplex.server.adapter_directory import AdapterReady
 from loraplex.server.device_batch import DeviceBatch, DeviceBatchMaker
-from loraplex.server.device_program import (
-    Capacities,
-    Machine,
-    StepProgram,
-    bucket_capacities,
-    exact_capacities,
-)
+from loraplex.server.device_capacities import Capacities, ShapeLimits, bucket_capacities, exact_capacities
+from loraplex.server.device_program import Machine, StepProgram
 from loraplex.server.messages import AdapterRef, Generate, SamplingParams
 from loraplex.server.scheduler import Scheduler
 from loraplex.server.scheduler_config import SchedulerConfig
@@ -99,17 +94,17 @@ class _Buffers:
     """
 
     def __init__(self, pool_tokens: int, max_pages: int = 4096) -> None:
-        self._pool_tokens = pool_tokens
+        self._shapes = ShapeLimits(pool_tokens, 512, 32, (None,))
         self._programs: dict[Capacities, StepProgram] = {}
         self._ring = HostRing(torch.device("cpu"))
         nothing: Any = None
-        page_table = torch.zeros((512, max_pages), dtype=torch.int32)
+        page_table = torch.zeros((1025, max_pages), dtype=torch.int32)
         self._machine = Machine(nothing, torch.zeros(0), nothing, page_table, torch.zeros(0, dtype=torch.int64))
 
     def fill(self, batch: DeviceBatch) -> None:
         """Find the step's shape, and write its arrays and pages as it has them."""
         if batch.only_decodes:
-            capacities = bucket_capacities(batch, self._pool_tokens, frozenset(), 0)
+            capacities = bucket_capacities(batch, self._shapes, frozenset(), 0)
         else:
             capacities = exact_capacities(batch, frozenset(), 0)
         if capacities not in self._programs:

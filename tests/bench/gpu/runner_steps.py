@@ -15,7 +15,8 @@ from loraplex.kernels.step_adapters import LayerAdapters
 from loraplex.kernels.step_buffers import HostRing
 from loraplex.server.decoder import Decoder
 from loraplex.server.device_batch import DeviceBatch
-from loraplex.server.device_program import StepProgram, bucket_capacities, exact_capacities
+from loraplex.server.device_capacities import bucket_capacities, exact_capacities
+from loraplex.server.device_program import StepProgram
 from loraplex.server.device_runner import DeviceRunner
 from loraplex.server.model_runner import ModelRunner
 from loraplex.server.step_plan import Chunk
@@ -123,7 +124,7 @@ class DeviceSteps:
         batch = runner._batches.make(chunks, runner._resident)
         generation, sites = runner._machine.table.generation, runner._model_sites
         if graph and batch.only_decodes:
-            capacities = bucket_capacities(batch, runner._limits.pool_tokens, sites, generation)
+            capacities = bucket_capacities(batch, runner._limits.shapes, sites, generation)
         else:
             capacities = exact_capacities(batch, sites, generation)
         shared = runner._machine
