@@ -44,10 +44,17 @@ class ChoiceLog:
         """Note a choice of the entries of ``lists``."""
         self._choices.append((layer, site, lists, choice))
 
+    def to_host(self) -> None:
+        """Queue copies to the host, which are there once the device has got so far."""
+        self._choices = [
+            (layer, site, lists, DeviceChoice(_to_host(choice.experts), _to_host(choice.weights)))
+            for layer, site, lists, choice in self._choices
+        ]
+
     def read_into(self, log: RouteLog) -> None:
-        """Append the choices adapter by adapter, in the order in which the routers ran. Waits for the device."""
+        """Append the choices, which are on the host, adapter by adapter, in the order in which the routers ran."""
         for layer, site, lists, choice in self._choices:
-            experts, weights = choice.experts.cpu().numpy(), choice.weights.cpu().numpy()
+            experts, weights = choice.experts.numpy(), choice.weights.numpy()
             for part, places in zip(lists.parts, lists.places):
                 if part.adapter.router(layer, site) is not None:
                     order = np.argsort(part.rows, kind="stable")
@@ -55,6 +62,12 @@ class ChoiceLog:
                     log.records.append(
                         RouteRecord(layer, site, part.adapter, part.rows[order], experts[here], weights[here])
                     )
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +110,7 @@ class DeviceAdapters:
         self, linear: DenseLinear, x: torch.Tensor, chunks: torch.Tensor, layer: int, group: SiteGroup
     ) -> torch.Tensor:
         """As in ``LayerAdapters``. What needs no base product runs beside it, on a stream of its own."""
-        if self.beside is None or self.entries is None:
+        if self.beside is None or self.entries is None or self.entries[1].is_idle(group):
             y = linear(x)
             self.add(y, x, chunks, layer, group, linear.bias)
             return y

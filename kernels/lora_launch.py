@@ -35,6 +35,10 @@ class StepWork:
     places: Mapping[tuple[str, ...], tuple[int, GroupLaunch]]
     blocks: Mapping[tuple[str, ...], tuple[Int64Array, Int64Array]] = field(default_factory=dict)
 
+    def is_idle(self, group: SiteGroup) -> bool:
+        """Whether no adapter has any of a group's sites."""
+        return self.places[group.sites][1].idle
+
     @classmethod
     def of(
         cls, entries: DeviceEntries, table: AdapterTable, dtype: torch.dtype, *, lists: EntryLists | None = None

@@ -149,6 +149,8 @@ class DeviceRunner:
             if results.sampled is not None:
                 self._machine.sampled[: len(results.sequences)].copy_(results.sampled.tokens)
             results = results.to_host()
+            if choices is not None:
+                choices.to_host()
         done = torch.cuda.Event() if self._is_cuda else None
         if done is not None:
             done.record()

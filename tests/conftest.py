@@ -1,7 +1,7 @@
 """The device that tests run on, and Triton's interpreter where that is not a GPU.
 
-Triton decides between its interpreter and its compiler when it is first imported, so the device is read from the command
-line here, before anything imports Triton.
+Triton decides between its interpreter and its compiler when it is first imported, so the device is read from the
+command line here, before anything imports Triton.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,13 +96,46 @@ def interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
 
+    get_np_dtype, np_dtypes = interpreter._get_np_dtype, {}
+
+    def np_dtype(of: Any) -> Any:
+        name = of.scalar.name
+        if name not in np_dtypes:
+            np_dtypes[name] = get_np_dtype(of.scalar)
+        return np_dtypes[name]
+
+    @cache
+    def sizes(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        return tl.constexpr(prod(shape)), tl.tuple([tl.constexpr(size) for size in shape])
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:  # noqa: A002
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = sizes(type.shape if type.is_block() else ())
+
     builder = interpreter.interpreter_builder
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(interpreter, "_patch_lang_tensor", patch_index)
         # Each sum of integers would be computed again to look for overflows, and nothing said of those found.
         patches.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        patches.setattr(interpreter, "_get_np_dtype", np_dtype)
+        patches.setattr(tl.core.tensor, "__init__", make_tensor)
         # The language is patched once, and not anew in each call of a function.
         scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         patches.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
         yield
         scope.restore()
+
+
+@pytest.fixture
+def ordered_dots(monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
+    """Dot products that add in one order, as a GPU does: those of numpy depend on which row of a matrix it is."""
+    if device.type == "cuda":
+        return
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: object) -> Any:
+        product = np.einsum("mk,kn->mn", a.data, b.data, dtype=d.data.dtype, optimize=False)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)

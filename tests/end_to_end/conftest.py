@@ -218,12 +218,16 @@ def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Start a server: ``start_server("demo", "--port", "0")``. Not waited for; killed at the end if need be."""
+def start_server(tmp_path_factory: pytest.TempPathFactory, device: Any) -> Iterator[Callable[..., Server]]:
+    """Start a server: ``start_server("demo", "--dtype", "float32")``. Not waited for; killed at the end if need be.
+
+    It computes on the device of ``--device``, unless it is told another one.
+    """
     started: list[Server] = []
 
     def start(*arguments: str, **options: Any) -> Server:
-        server = Server([*arguments, "--port", "0"], tmp_path_factory.mktemp("server"), **options)
+        where = [] if "--device" in arguments else ["--device", device.type]
+        server = Server([*arguments, "--port", "0", *where], tmp_path_factory.mktemp("server"), **options)
         started.append(server)
         return server
 

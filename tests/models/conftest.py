@@ -75,6 +75,27 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3-yarn": lambda: Qwen3Config(**TINY, head_dim=32, attention_bias=True, rope_parameters=YARN_ROPE),
 }
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 100,
+    "max_position_embeddings": 128,
+}
+SMALL_CONFIGS: dict[str, Callable[[], Any]] = {
+    "small-llama": lambda: LlamaConfig(**SMALL),
+    "small-tied": lambda: LlamaConfig(**{**SMALL, "num_hidden_layers": 2}, tie_word_embeddings=True),
+    "small-biased": lambda: LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "small-mistral": lambda: MistralConfig(**{**SMALL, "num_hidden_layers": 2}, sliding_window=5),
+    "small-qwen2": lambda: Qwen2Config(
+        **{**SMALL, "num_hidden_layers": 2}, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "small-qwen3": lambda: Qwen3Config(**SMALL, head_dim=16),
+}
+"""For engines in Triton's interpreter."""
+
 SavePeft = Callable[..., Path]
 
 
@@ -98,13 +119,13 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    """By name of ``CONFIGS``; made on first use."""
+    """By name of ``CONFIGS`` or ``SMALL_CONFIGS``; made on first use."""
     made: dict[str, Checkpoint] = {}
 
     def get(name: str) -> Checkpoint:
         if name not in made:
             torch.manual_seed(len(name))
-            model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_config((CONFIGS | SMALL_CONFIGS)[name](), dtype=torch.float32).eval()
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.data.normal_(0, 0.1)
@@ -257,14 +278,19 @@ class Choice:
 class Driver:
     """An engine driven step by step. Fails where anything ends twice or speaks after its end.
 
+    Args:
+        patience: by how much longer it may take than an engine over plain operators of the CPU, as where kernels have
+            to be compiled or are interpreted.
+
     Attributes:
         choices: by request id and index.
         failed: errors of requests.
         answers: of calls.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, patience: float = 1.0) -> None:
         self.engine = engine
+        self._patience = patience
         self.choices: dict[tuple[str, int], Choice] = defaultdict(Choice)
         self.failed: dict[str, ErrorInfo] = {}
         self.answers: dict[str, CallDone | CallFailed] = {}
@@ -326,7 +352,7 @@ class Driver:
 
     def run(self, seconds: float = 60) -> None:
         """Step until nothing is open."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * self._patience
         while self.engine.has_work:
             self.step()
             if not self.engine.is_runnable:
@@ -336,7 +362,7 @@ class Driver:
 
     def step_until(self, is_so: Callable[[], bool], seconds: float = 30) -> None:
         """Step until a condition holds."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * self._patience
         while not is_so():
             self.step()
             time.sleep(0 if self.engine.is_runnable else 0.002)
@@ -358,18 +384,18 @@ class Driver:
 
 ON_DEVICE: dict[str, dict[str, Any]] = {
     "cpu": {"device": "cpu"},
-    "cuda": {"device": "cuda"},
+    "cuda": {"device": "cuda", "max_running": 32},  # each bucket up to it is captured at the start
     "interpreter": {"device": "cpu", "kernels": "triton"},
 }
 
 
 @pytest.fixture
-def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver]]:
+def make_engine(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Callable[..., Driver]]:
     """Builds engines with poisoned pages, to be driven by hand; closed, and checked for leaks, at the end."""
     engines: list[Engine] = []
-    device = request.config.getoption("--device")
-    on_device = ON_DEVICE[device]
-    if device == "interpreter":
+    chosen = request.config.getoption("--device")
+    on_device = ON_DEVICE[chosen]
+    if chosen == "interpreter":
         request.getfixturevalue("interpreter")
 
     def make(checkpoint: Checkpoint, pages: int = 64, **settings: Any) -> Driver:
@@ -386,7 +412,7 @@ def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver
             },
         )
         engines.append(build_engine(config))
-        return Driver(engines[-1])
+        return Driver(engines[-1], 4.0 if config.device == "cuda" or config.kernels == "triton" else 1.0)
 
     yield make
     for engine in engines:

@@ -107,7 +107,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, driver: Any, method: str, at_call
     monkeypatch.setattr(runner, method, run)
 
 
-@pytest.mark.parametrize(("method", "at_call"), [("run", 0), ("run", 3), ("page_in", 1)])
+@pytest.mark.parametrize(("method", "at_call"), [("launch", 0), ("launch", 3), ("page_in", 1)])
 def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(
     llama: Any,
     make_engine: Any,

@@ -12,6 +12,7 @@ from loraplex.server.messages import Abort, AdapterRef, LoadAdapter
 from loraplex.server.step_plan import Chunk, StepResult
 
 Adapters = list[AdapterRef]
+ON_THE_CPU = {"device": "cpu", "kernels": "plain"}
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -76,7 +77,7 @@ def run_ahead(driver: Any, fails: dict[int, str] | None = None) -> LateRunner:
 def test_answers_are_those_of_an_engine_that_waits_for_each_step(
     llama: Any, make_engine: Any, hundred_adapters: Adapters
 ) -> None:
-    drivers = [make_engine(llama, pages=40, prefill_chunk=16, max_batch_tokens=48) for _ in range(2)]
+    drivers = [make_engine(llama, pages=40, prefill_chunk=16, max_batch_tokens=48, **ON_THE_CPU) for _ in range(2)]
     runner = run_ahead(drivers[1])
     kinds: list[dict[str, Any]] = [
         {},
@@ -120,7 +121,7 @@ def test_answers_are_those_of_an_engine_that_waits_for_each_step(
 def test_a_fault_ends_every_request_once_and_the_engine_goes_on(
     llama: Any, make_engine: Any, hundred_adapters: Adapters, fault: str, at_launch: int
 ) -> None:
-    alone, driver = make_engine(llama), make_engine(llama)
+    alone, driver = make_engine(llama, **ON_THE_CPU), make_engine(llama, **ON_THE_CPU)
     alone.generate("again", prompt_of(9), hundred_adapters[0])
     alone.run()
     driver.handle(LoadAdapter(call_id="load", adapter=hundred_adapters[0]))
@@ -137,7 +138,7 @@ def test_a_fault_ends_every_request_once_and_the_engine_goes_on(
 
 
 def test_the_loop_comes_back_for_a_step_whose_requests_are_gone(llama: Any, make_engine: Any) -> None:
-    driver = make_engine(llama)
+    driver = make_engine(llama, **ON_THE_CPU)
     run_ahead(driver)
     driver.generate("gone", prompt_of(5), max_tokens=30)
     driver.step()
@@ -151,7 +152,7 @@ def test_the_loop_comes_back_for_a_step_whose_requests_are_gone(llama: Any, make
 
 
 def test_what_a_completed_step_said_is_told_though_the_next_one_fails(llama: Any, make_engine: Any) -> None:
-    driver = make_engine(llama)
+    driver = make_engine(llama, **ON_THE_CPU)
     run_ahead(driver, {2: "launch"})
     driver.generate("ends", prompt_of(5), max_tokens=2, presence_penalty=0.5)
     driver.generate("fails", prompt_of(5), max_tokens=9)
