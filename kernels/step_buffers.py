@@ -101,17 +101,19 @@ class HostRing:
         self._device = device
         self._pinned = device.type == "cuda"
         self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.int32) for _ in range(_RING)]
+        self._arrays = [buffer.numpy() for buffer in self._buffers]
         self._events: list[Any] = [torch.cuda.Event() if self._pinned else None for _ in range(_RING)]
         self._turn = 0
 
-    def next(self, size: int) -> torch.Tensor:
-        """[size] int32 to write to until ``send``."""
-        self._turn = (self._turn + 1) % _RING
+    def next(self, size: int) -> tuple[torch.Tensor, npt.NDArray[np.int32]]:
+        """[size] int32 to write to until ``send``, at least so many elements: a tensor, and an array over the same."""
+        self._turn = turn = (self._turn + 1) % _RING
         if self._pinned:
-            self._events[self._turn].synchronize()
-        if len(self._buffers[self._turn]) < size:
-            self._buffers[self._turn] = torch.empty(2 * size, dtype=torch.int32, pin_memory=self._pinned)
-        return self._buffers[self._turn][:size]
+            self._events[turn].synchronize()
+        if self._arrays[turn].size < size:
+            self._buffers[turn] = torch.empty(2 * size, dtype=torch.int32, pin_memory=self._pinned)
+            self._arrays[turn] = self._buffers[turn].numpy()
+        return self._buffers[turn], self._arrays[turn]
 
     def send(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Queue copies from parts of the buffer that ``next`` gave last to tensors of the device."""

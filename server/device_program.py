@@ -28,6 +28,7 @@ from loraplex.server.device_capacities import (
     Capacities,
     EntryCapacity,
     RoutedCapacity,
+    bucket,
     step_fields,
     work_arrays,
     work_fields,
@@ -100,23 +101,36 @@ class StepProgram:
     def send(self, batch: DeviceBatch, ring: HostRing) -> None:
         """Queue the copies of a step's arrays; those of the adapters' work only where it is another than the last."""
         self.plan_attention(batch)
-        size, pages = self.layout.size, batch.pages
+        size, pages, table = self.layout.size, batch.pages, self._machine.page_table
         keeps = batch.logit_entries is None and self._work is batch.entries
-        work_size = 0 if keeps else self.work_layout.size
-        host = ring.next(size + work_size + pages.size)
-        filled = host.numpy()
+        work_stop = size if keeps else size + self.work_layout.size
+        stop = work_stop + pages.size
+        host, filled = ring.next(stop)
         self.layout.fill(filled[:size], batch.arrays)
         copies = [(host[:size], self.buffer)]
-        if work_size:
-            self.work_layout.fill(filled[size : size + work_size], work_arrays(batch))
-            copies.append((host[size : size + work_size], self.work_buffer))
+        if work_stop > size:
+            self.work_layout.fill(filled[size:work_stop], work_arrays(batch))
+            copies.append((host[size:work_stop], self.work_buffer))
             self._work = batch.entries
-        np.copyto(filled[size + work_size :].reshape(pages.shape), pages)
-        source, count, width = host[size + work_size :].view(pages.shape), batch.num_decodes, pages.shape[1]
-        for rows, first in ((source[:count], 0), (source[count:], self._machine.max_sequences)):
-            if len(rows):
-                copies.append((rows, self._machine.page_table[first : first + len(rows), :width]))
+        filled[work_stop:stop].reshape(pages.shape)[:] = pages
+        (num_rows, width), decodes = pages.shape, batch.num_decodes
+        source = host[work_stop:stop].view(num_rows, width)
+        if decodes:
+            copies.append((source[:decodes], table[:decodes, :width]))
+        if decodes < num_rows:
+            first = self._machine.max_sequences
+            copies.append((source[decodes:], table[first : first + num_rows - decodes, :width]))
         ring.send(copies)
+
+    def fits(self, batch: DeviceBatch) -> bool:
+        """Whether this is surely the shape of a step that only decodes, having been that of the last one."""
+        tiles = self.capacities.decode_tiles
+        return (
+            batch.entries is self._work
+            and batch.only_decodes
+            and bucket(batch.num_rows) == self.capacities.rows
+            and all(len(batch.arrays[f"tiles_{window}"]) <= count for window, count in tiles)
+        )
 
     def plan_attention(self, batch: DeviceBatch | None) -> None:
         """Tell FlashInfer of a step, where it is used; None: of one whose rows all pad."""

@@ -86,6 +86,7 @@ class DeviceRunner:
         self._arrived: list[Arrival] = []
         self._ring = HostRing(machine.device)
         self._programs: dict[Capacities, StepProgram] = {}
+        self._last: tuple[tuple[int, frozenset[str]], StepProgram] | None = None
         self._flashinfer = machine.flashinfer(0) if machine.flashinfer is not None else None
         self._is_cuda = machine.device.type == "cuda"
         self._graph_pool: Any = None
@@ -169,8 +170,7 @@ class DeviceRunner:
     def _forward(self, batch: DeviceBatch, choices: ChoiceLog | None) -> torch.Tensor:
         """[logit rows, vocabulary] float32."""
         if self._has_bucket(batch) and not self._arrived and choices is None:
-            shapes, generation = self._limits.shapes, self._machine.table.generation
-            program = self._program(bucket_capacities(batch, shapes, self._model_sites, generation))
+            program = self._bucket_program(batch)
             program.send(batch, self._ring)
             return self._run(program)[: batch.num_logits]
         capacities = exact_capacities(batch, self._model_sites, self._machine.table.generation)
@@ -182,6 +182,14 @@ class DeviceRunner:
         if batch.only_decodes:
             return batch.num_rows <= self._limits.graph_rows
         return batch.only_samples and self._flashinfer is None and batch.num_rows <= self._limits.graph_prompt_rows
+
+    def _bucket_program(self, batch: DeviceBatch) -> StepProgram:
+        facts = (self._machine.table.generation, self._model_sites)
+        if self._last is None or self._last[0] != facts or not self._last[1].fits(batch):
+            generation, model_sites = facts
+            capacities = bucket_capacities(batch, self._limits.shapes, model_sites, generation)
+            self._last = (facts, self._program(capacities))
+        return self._last[1]
 
     def _program(self, capacities: Capacities) -> StepProgram:
         program = self._programs.pop(capacities, None)

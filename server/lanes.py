@@ -26,6 +26,10 @@ Int32Array = npt.NDArray[np.int32]
 NO_UNIT = -1
 
 
+_FIRST_PAGES = 64
+"""Of a sequence, that there is room for at first."""
+
+
 @dataclass(slots=True)
 class _Lane:
     """Where a sequence is kept, and what was looked up for it: its page list, and its prompt's tokens."""
@@ -46,7 +50,7 @@ class Lanes:
         max_pages: pages of a sequence at most.
 
     Attributes:
-        pages: [lanes, max_pages] int32.
+        pages: [lanes, as many as any sequence has] int32, so that the rows of a step lie close together.
         units: [lanes] int64, the unit of a sequence's one adapter; ``NO_UNIT`` without one or with a mix.
         acts_from: [lanes] int64, the first position at which its adapters act.
         is_special: [lanes] bool, whether its rows need more than that unit: a mix, or an adapter with routers.
@@ -59,10 +63,11 @@ class Lanes:
 
     def __init__(self, kv: KvCache, table: AdapterTable, capacity: int, max_pages: int) -> None:
         self._kv = kv
+        self._max_pages = max_pages
         self._page_tokens = kv.page_tokens
         self._table = table
         size = 2 * capacity  # so that lanes of sequences that have left are given up only now and then
-        self.pages = np.zeros((size, max_pages), dtype=np.int32)
+        self.pages = np.zeros((size, min(max_pages, _FIRST_PAGES)), dtype=np.int32)
         self.num_pages = np.zeros(size, dtype=np.int64)
         self.units = np.full(size, NO_UNIT, dtype=np.int64)
         self.acts_from = np.zeros(size, dtype=np.int64)
@@ -148,8 +153,14 @@ class Lanes:
 
     def _read_pages(self, lane: _Lane, seq_id: int, first: int) -> None:
         lane.page_list = pages = self._kv.pages(seq_id)
+        if len(pages) > self.pages.shape[1]:
+            self._widen(len(pages))
         self.pages[lane.index, first : len(pages)] = pages[first:]
         self.num_pages[lane.index] = len(pages)
+
+    def _widen(self, num_pages: int) -> None:
+        width = min(self._max_pages, 1 << (num_pages - 1).bit_length())
+        self.pages = np.pad(self.pages, ((0, 0), (0, width - self.pages.shape[1])))
 
     def _read_adapters(self, lane: _Lane, chunk: Chunk, resident: Mapping[str, ResidentAdapter]) -> None:
         self.version += 1

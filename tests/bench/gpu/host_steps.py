@@ -96,6 +96,7 @@ class _Buffers:
     def __init__(self, pool_tokens: int, max_pages: int = 4096) -> None:
         self._shapes = ShapeLimits(pool_tokens, 512, 32, (None,))
         self._programs: dict[Capacities, StepProgram] = {}
+        self._last: StepProgram | None = None
         self._ring = HostRing(torch.device("cpu"))
         nothing: Any = None
         page_table = torch.zeros((1025, max_pages), dtype=torch.int32)
@@ -103,13 +104,17 @@ class _Buffers:
 
     def fill(self, batch: DeviceBatch) -> None:
         """Find the step's shape, and write its arrays and pages as it has them."""
+        if self._last is not None and self._last.fits(batch):
+            self._last.send(batch, self._ring)
+            return
         if batch.only_decodes:
             capacities = bucket_capacities(batch, self._shapes, frozenset(), 0)
         else:
             capacities = exact_capacities(batch, frozenset(), 0)
         if capacities not in self._programs:
             self._programs[capacities] = StepProgram(capacities, self._machine)
-        self._programs[capacities].send(batch, self._ring)
+        self._last = self._programs[capacities]
+        self._last.send(batch, self._ring)
 
 
 def adapters_of(mix: str, batch: int) -> list[AdapterRef | None]:
