@@ -136,14 +136,7 @@ class DeviceExperts:
         down: Callable[[torch.Tensor], torch.Tensor],
         bias: torch.Tensor | None,
     ) -> None:
-        """Add what the experts change of down_proj.
-
-        Args:
-            y: [rows, hidden], the base product of what ``combine`` made.
-            chunks: [num_chunks, 128], the arena of the layer.
-            down: the base's down_proj.
-            bias: of it; each expert's share of a row has it once.
-        """
+        """As in ``step_adapters.Experts``."""
         if bias is not None:
             EXPERT_OPERATORS.share_bias(y, bias, self.choice.weights, self.routed.sum_rows, self.routed.slot_starts)
         entries = self.found.entries(self.routed, self.found.slots)

@@ -99,14 +99,7 @@ class ExpertNetworks:
         down: Callable[[torch.Tensor], torch.Tensor],
         bias: torch.Tensor | None,
     ) -> None:
-        """Add what the experts change of down_proj.
-
-        Args:
-            y: [rows, hidden], the base product of what ``combine`` made.
-            chunks: [num_chunks, 128], the arena of the layer.
-            down: the base's down_proj.
-            bias: of it; each expert's share of a row has it once.
-        """
+        """As in ``step_adapters.Experts``."""
         if bias is not None:
             total = to_device(self.choice.weights.sum(axis=1, keepdims=True), y.device)
             rows = to_device(self.choice.rows, y.device)
