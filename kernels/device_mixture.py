@@ -7,14 +7,13 @@ capacities and from what the table holds, so that a captured graph serves any ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 
 from loraplex.kernels.adapter_table import AdapterTable
 from loraplex.kernels.expert_launch import EXPERT_OPERATORS
-from loraplex.kernels.lora_grid import resident_programs
-from loraplex.kernels.lora_launch import StepWork, add_entries
+from loraplex.kernels.lora_launch import StepWork, add_entries, shrink_entries
 from loraplex.kernels.lora_rows import SiteGroup
 from loraplex.kernels.lora_tiles import DeviceEntries, RowSums
 from loraplex.kernels.route_launch import ROUTE_OPERATORS, most_tiles
@@ -169,7 +168,9 @@ def run_experts(
     (found,) = _choose(x, chunks, table, routed, layer, table.num_sites, 1)
     entries = DeviceEntries(found.rows, found.slots, found.slots, found.weights, *found.tiles, routed.block_rows)
     work = StepWork.at(entries, table, chunks.dtype, layer, group)
-    low = _shrink(x, chunks, table, entries, work, layer, group)
+    low = shrink_entries(x, chunks, table, entries, work, layer, group)
+    if low is None:  # no expert has any of these sites
+        low = x.new_zeros((1, len(entries.slots), table.group_rank(group.sites, layer)), dtype=torch.float32)
     hidden = EXPERT_OPERATORS.expert_hidden(
         gate_up,
         bias,
@@ -191,34 +192,6 @@ def run_experts(
 
 def _have_gains(table: AdapterTable, routed: DeviceRouted) -> bool:
     return table.has_gains if routed.gains is None else routed.gains
-
-
-def _shrink(
-    x: torch.Tensor,
-    chunks: torch.Tensor,
-    table: AdapterTable,
-    entries: DeviceEntries,
-    work: StepWork,
-    layer: int,
-    group: SiteGroup,
-) -> torch.Tensor:
-    """[parts, slots, R] float32, the low-rank intermediate of the sorted entries at a group (see ``add_entries``)."""
-    _, launch = work.places[group.sites]
-    blocks, _ = launch.most_blocks(min(len(entries.tile_units), len(entries.slots)))
-    low: torch.Tensor = torch.ops.loraplex.paged_shrink(
-        x,
-        chunks,
-        table.tensors,
-        entries.x_rows,
-        [entries.tile_units, entries.tile_firsts, entries.tile_counts, work.starts],
-        0,
-        [layer, table.page_chunks, entries.block_rows],
-        [launch.first_site, group.in_features, *group.out_features],
-        [launch.rank, launch.parts, *astuple(launch.shrink)],
-        min(blocks * launch.parts, resident_programs(x.device, launch.shrink.warps)),
-        False,
-    )
-    return low
 
 
 def _choose(

@@ -45,13 +45,16 @@ class EntryCapacity:
 
 @dataclass(frozen=True, slots=True)
 class RoutedCapacity:
-    """Of lists of routed entries: entries, tiles, slots of an entry, experts of a router."""
+    """Of lists of routed entries: entries, tiles, slots of an entry, experts of a router; the linears that are routed,
+    and whether any expert has gains."""
 
     entries: int
     tiles: int
     most: int
     max_experts: int
     block_rows: int
+    sites: frozenset[str]
+    gains: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +218,9 @@ def _routed(lists: RoutedLists | None, rows: int | None) -> RoutedCapacity | Non
     if rows is not None:
         count = max(_power_of_two(count), rows) if count > rows else rows
         tiles = count
-    return RoutedCapacity(count, tiles, lists.most, lists.max_experts, lists.block_rows)
+    adapters = [part.adapter for part in lists.parts]
+    sites, gains = routed_lists.routed_sites(adapters), routed_lists.have_gains(adapters)
+    return RoutedCapacity(count, tiles, lists.most, lists.max_experts, lists.block_rows, sites, gains)
 
 
 def _power_of_two(count: int) -> int:

@@ -250,7 +250,9 @@ class StepProgram:
     def _routed(self, prefix: str, capacity: RoutedCapacity | None) -> DeviceRouted | None:
         if capacity is None:
             return None
-        return DeviceRouted.of(self._named(prefix), capacity.most, capacity.max_experts, capacity.block_rows)
+        has = capacity
+        named = self._named(prefix)
+        return DeviceRouted.of(named, has.most, has.max_experts, has.block_rows, has.sites, has.gains)
 
     def _named(self, prefix: str) -> dict[str, torch.Tensor]:
         start = f"{prefix}."
