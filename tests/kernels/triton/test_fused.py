@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [64, 100, 136, 896, 4096])
+@pytest.mark.parametrize("width", [64, 100, 136, 896, 4096, 14336])
 def test_norm_matches_the_reference(
     kernels: SimpleNamespace, normal: Normal, assert_near: Any, width: int, dtype: torch.dtype
 ) -> None:
@@ -53,7 +53,7 @@ def test_norm_behind_a_sum_returns_the_sum_too(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 100, 1024, 1500])
+@pytest.mark.parametrize("width", [1, 100, 1024, 1500, 14336])
 def test_gate_matches_the_reference(
     kernels: SimpleNamespace, normal: Normal, assert_near: Any, width: int, dtype: torch.dtype
 ) -> None:

@@ -65,6 +65,14 @@ def test_high_ranks_and_a_split_input_match_the_reference(
     check(step, 6, ["down"], assert_close)
 
 
+def test_all_ranks_in_one_batch_match_the_reference(
+    make_pool: Any, make_widths: Any, make_segments: Any, make_step: Any, assert_close: Any
+) -> None:
+    pool = make_pool(make_widths(72, 64, 136), torch.float16, num_layers=1)
+    adapters = [pool.load({"o_proj": rank}) for rank in (1, 3, 8, 16, 64, 128, 256)]
+    check(make_step(pool, make_segments(1, zip(adapters, (1, 2, 1, 3, 1, 1, 1)))), 11, ["o"], assert_close)
+
+
 @pytest.mark.parametrize(("page_tokens", "scattered"), [(8, True), (16, False), (16, True), (32, True)])
 def test_page_size_and_order_of_pages_change_nothing(
     make_pool: Any, make_segments: Any, make_step: Any, assert_close: Any, page_tokens: int, scattered: bool
