@@ -51,7 +51,11 @@ class NoWaits(TorchDispatchMode):
 
 
 class NoReads:
-    """Refuses to read tensors, those of the host excepted, from Python and within operators too."""
+    """Refuses to read tensors, those of the host excepted, from Python and within operators too.
+
+    Indexing by a mask is found by ``NoWaits``, outside of operators: a class whose ``__getitem__`` was once replaced
+    looks like a sequence to Python ever after, and ``torch.tensor`` no longer takes scalars that are tensors.
+    """
 
     def __init__(self) -> None:
         self.of_host: set[int] = set()
@@ -60,8 +64,6 @@ class NoReads:
     def install(self, patches: pytest.MonkeyPatch) -> None:
         for name in READS:
             patches.setattr(torch.Tensor, name, self._refuse(name))
-        for name in ("__getitem__", "__setitem__"):
-            patches.setattr(torch.Tensor, name, self._refuse_masks(getattr(torch.Tensor, name)))
 
     def _refuse(self, name: str) -> Callable[..., Any]:
         read = getattr(torch.Tensor, name)
@@ -70,15 +72,6 @@ class NoReads:
             storage = tensor.untyped_storage().data_ptr()
             assert self.paused or storage in self.of_host, f"the host waits for Tensor.{name}"
             return read(tensor, *args, **kwargs)
-
-        return refuse
-
-    def _refuse_masks(self, index: Callable[..., Any]) -> Callable[..., Any]:
-        def refuse(tensor: torch.Tensor, places: Any, *value: Any) -> Any:
-            for place in places if isinstance(places, tuple) else (places,):
-                is_mask = isinstance(place, torch.Tensor) and place.dtype == torch.bool
-                assert not is_mask, "the host waits for how many elements a mask selects"
-            return index(tensor, places, *value)
 
         return refuse
 
@@ -153,7 +146,7 @@ def test_launching_a_step_waits_for_nothing(
     assert no_waits() >= 2
 
 
-@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: x[x > 1], bool])
+@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: x.cpu(), bool])
 def test_a_wait_within_an_operator_is_found(
     read: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
