@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex.kernels.lora_rows import ResidentAdapter, RouterLayoutLike, SiteGroup, SiteLayoutLike
+from loraplex.kernels.triton_runtime import power_of_two
 
 RANK, A_START, B_START, GAIN_START = range(4)
 FIELDS = 4
@@ -295,7 +296,7 @@ class AdapterTable:
         if key not in self._ranks:
             of_model, _, count = key
             expected = 0 if of_model else self._expected_rank * count
-            self._ranks[key] = _power_of_two(expected) if expected else 0
+            self._ranks[key] = power_of_two(expected) if expected else 0
             generation = self.generation
             for place in self._places.values():
                 self._raise_rank(key, self._ranks_before(place))
@@ -314,7 +315,7 @@ class AdapterTable:
         sums = ranks_before[of_model]
         most = int((sums[:, first + count] - sums[:, first]).max(initial=0))
         if most > self._ranks[key]:
-            self._ranks[key] = max(_power_of_two(most), MIN_RANK)
+            self._ranks[key] = max(power_of_two(most), MIN_RANK)
             self.generation += 1
 
     def _check_groups(self, adapter: ResidentAdapter) -> None:
@@ -372,10 +373,6 @@ class AdapterTable:
         """Copy to the device in the order of its stream, without waiting: from pinned memory that lives until then."""
         source, to = torch.from_numpy(self._host[buffer][here]), getattr(self, buffer)[here]
         to.copy_(source.pin_memory() if to.is_cuda else source, non_blocking=True)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _check_group(present: Sequence[SiteLayoutLike], group: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from loraplex.kernels.adapter_table import AdapterTable
 from loraplex.kernels.dense_linear import DenseLinear
+from loraplex.kernels.device_arrays import to_host
 from loraplex.kernels.device_mixture import DeviceChoice, DeviceExperts, add_routed, run_experts
 from loraplex.kernels.lora_launch import StepWork, add_embedding, add_entries, expand_entries, shrink_entries
 from loraplex.kernels.lora_rows import SiteGroup
@@ -47,7 +48,7 @@ class ChoiceLog:
     def to_host(self) -> None:
         """Queue copies to the host, which are there once the device has got so far."""
         self._choices = [
-            (layer, site, lists, DeviceChoice(_to_host(choice.experts), _to_host(choice.weights)))
+            (layer, site, lists, DeviceChoice(to_host(choice.experts), to_host(choice.weights)))
             for layer, site, lists, choice in self._choices
         ]
 
@@ -62,12 +63,6 @@ class ChoiceLog:
                     log.records.append(
                         RouteRecord(layer, site, part.adapter, part.rows[order], experts[here], weights[here])
                     )
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Index arrays that the host makes and a device reads, and the rows of the arena that they name."""
+"""Arrays that the host makes and a device reads, what it reads back, and the rows of the arena that arrays name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ import torch
 def to_device(array: npt.NDArray[np.int64] | npt.NDArray[np.float32], device: torch.device) -> torch.Tensor:
     """The array on a device; on the CPU without a copy where it is contiguous."""
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, which is there once the device has got so far; a tensor of the host as it is."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def stored_rows(chunks: torch.Tensor, ids: npt.NDArray[np.int64], gather: torch.Tensor | None) -> torch.Tensor:

@@ -17,6 +17,7 @@ from loraplex.kernels.lora_tiles import EntryLists
 from loraplex.kernels.paged_decode import MAX_SPLITS, SPLIT_KEYS
 from loraplex.kernels.routed_lists import RoutedLists
 from loraplex.kernels.step_buffers import Field
+from loraplex.kernels.triton_runtime import power_of_two
 from loraplex.server.device_batch import DeviceBatch
 
 Array = npt.NDArray[Any]
@@ -159,7 +160,7 @@ def decode_bucket(rows: int, limits: ShapeLimits, tiles: Mapping[int | None, int
         decodes=rows,
         decode_tiles=tuple(
             # Sequences that begin alike share pages, and may have more keys between them than the pool.
-            (window, min(rows * MAX_SPLITS, max(usual, _power_of_two(tiles.get(window, 0)))))
+            (window, min(rows * MAX_SPLITS, max(usual, power_of_two(max(1, tiles.get(window, 0))))))
             for window in limits.windows
         ),
     )
@@ -183,7 +184,7 @@ def usual_buckets(max_rows: int, limits: ShapeLimits, generation: int) -> Iterat
     for rows in sorted({bucket(count) for count in range(1, max_rows + 1)}):
         plain = decode_bucket(rows, limits, {})
         yield plain
-        entries = EntryCapacity(rows, _power_of_two(rows), 0, lora_tiles.ROW_BLOCKS[0])
+        entries = EntryCapacity(rows, power_of_two(rows), 0, lora_tiles.ROW_BLOCKS[0])
         yield _with_table(replace(plain, entries=entries), frozenset(), generation)
 
 
@@ -205,10 +206,10 @@ def _entries(lists: EntryLists | None, rows: int | None) -> EntryCapacity | None
         return None
     count, tiles, sums = len(lists.order), len(lists.tile_units), 0 if lists.sum_rows is None else len(lists.sum_rows)
     if rows is not None:
-        count = max(_power_of_two(count), rows) if sums else rows
+        count = max(power_of_two(count), rows) if sums else rows
         tiles = max(min(count, count // lists.block_rows + _SPARE_TILES), tiles)
         sums = rows if sums else 0
-    return EntryCapacity(count, _power_of_two(tiles), sums, lists.block_rows)
+    return EntryCapacity(count, power_of_two(tiles), sums, lists.block_rows)
 
 
 def _routed(lists: RoutedLists | None, rows: int | None) -> RoutedCapacity | None:
@@ -216,15 +217,11 @@ def _routed(lists: RoutedLists | None, rows: int | None) -> RoutedCapacity | Non
         return None
     count, tiles = len(lists.units), len(lists.tile_units)
     if rows is not None:
-        count = max(_power_of_two(count), rows) if count > rows else rows
+        count = max(power_of_two(count), rows) if count > rows else rows
         tiles = count
     adapters = [part.adapter for part in lists.parts]
     sites, gains = routed_lists.routed_sites(adapters), routed_lists.have_gains(adapters)
     return RoutedCapacity(count, tiles, lists.most, lists.max_experts, lists.block_rows, sites, gains)
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
 
 
 def step_fields(capacities: Capacities) -> dict[str, Field]:

@@ -183,15 +183,9 @@ class StepProgram:
         sources = views["sources"]
         known = machine.sampled.index_select(0, sources.clamp(min=0)).to(torch.int32)
         tokens = torch.where(sources >= 0, known, views["tokens"])
-        step = DecoderInput(
-            tokens,
-            self._plan(),
-            self._adapters(batch, arriving, log),
-            views.get("logit_rows"),
-            self._logit_adapters(batch, arriving),
-        )
-        if has.logits is None and step.adapters is not None and has.model_sites:
-            step = DecoderInput(tokens, step.attention, step.adapters, None, step.adapters)
+        adapters = self._adapters(batch, arriving, log)
+        logit_adapters = adapters if has.logits is None else self._logit_adapters(batch, arriving)
+        step = DecoderInput(tokens, self._plan(), adapters, views.get("logit_rows"), logit_adapters)
         return machine.decoder.forward(step, machine.arena)
 
     def _plan(self) -> PagedPlan:

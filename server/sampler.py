@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from loraplex.kernels.device_arrays import to_host
 from loraplex.server.messages import TokenLogprob
 from loraplex.server.request import Sequence
 from loraplex.server.sampling_batch import Array, SamplingBatch
@@ -45,7 +46,7 @@ class RankedLogprobs:
 
     def to_host(self) -> RankedLogprobs:
         """Copies on the host, which are there once the device has got so far."""
-        return RankedLogprobs(_to_host(self.chosen), _to_host(self.top_ids), _to_host(self.top_values))
+        return RankedLogprobs(to_host(self.chosen), to_host(self.top_ids), to_host(self.top_values))
 
     def read(self, tokens: SequenceOf[int], num_top: SequenceOf[int]) -> list[TokenLogprob]:
         """Of each of the m tokens, with as many of the best as it reports."""
@@ -74,7 +75,7 @@ class SampledTensors:
     def to_host(self) -> SampledTensors:
         """Copies on the host, which are there once the device has got so far."""
         logprobs = None if self.logprobs is None else self.logprobs.to_host()
-        return SampledTensors(self.batch, _to_host(self.tokens), logprobs)
+        return SampledTensors(self.batch, to_host(self.tokens), logprobs)
 
     def read(self) -> list[SampledToken]:
         """n tokens, with log-probabilities where they are asked for."""
@@ -169,12 +170,6 @@ def send_arrays(arrays: Mapping[str, Array], device: torch.device) -> dict[str, 
 
 def _torch_dtype(array: Array) -> torch.dtype:
     return torch.from_numpy(array[:0]).dtype
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _adjust(logits: torch.Tensor, arrays: Mapping[str, torch.Tensor]) -> None:
