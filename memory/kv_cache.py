@@ -14,12 +14,13 @@ class KvCache:
     Args:
         pool: where pages come from.
         page_tokens: tokens whose K/V one page holds.
+        prefixes: over the same pool; one under which all pages are worth the same by default.
 
     Attributes:
         prefixes: full pages that later sequences may begin with.
     """
 
-    def __init__(self, pool: PagePool, page_tokens: int) -> None:
+    def __init__(self, pool: PagePool, page_tokens: int, prefixes: PrefixCache | None = None) -> None:
         if page_tokens < 1:
             raise ValueError(f"a page holds at least 1 token, not {page_tokens}")
         self._pool = pool
@@ -27,7 +28,7 @@ class KvCache:
         self._pages: dict[int, list[int]] = {}
         self._users: dict[int, int] = {}
         self._replaced: set[int] = set()
-        self.prefixes = PrefixCache(pool)
+        self.prefixes = PrefixCache(pool) if prefixes is None else prefixes
 
     @property
     def page_tokens(self) -> int:

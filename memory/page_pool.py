@@ -1,114 +1,20 @@
 """The page pool: which pages are free, and how many owners hold each of the others.
 
-Free pages are kept as maximal runs, tagged at both ends (Knuth, The Art of Computer Programming 1, 2.5: boundary tags)
-and filed by powers of two of their length. Allocating and releasing cost time in proportion to the pages asked for,
-whatever the size of the pool.
+Allocating and releasing cost time in proportion to the pages asked for, whatever the size of the pool; making room, in
+proportion to what is put out.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 
-from loraplex.memory.idle_order import IdleOrder
+from loraplex.memory.eviction_order import EvictionOrder, LruOrder
+from loraplex.memory.free_runs import FreeRuns
 
 
 class OutOfPages(Exception):
     """More pages were asked for than are free."""
-
-
-class _FreeRuns:
-    """Disjoint maximal runs of free pages, found by either end and by length."""
-
-    def __init__(self, num_pages: int) -> None:
-        self._length: dict[int, int] = {}  # by first page
-        self._first: dict[int, int] = {}  # by the page behind the last
-        self._slot: dict[int, int] = {}  # by first page: index within its class
-        self._classes: list[list[int]] = [[] for _ in range(num_pages.bit_length())]
-        self._occupied = 0  # bit k: class k (2**k to 2**(k+1) - 1 pages) has a run
-        self._insert(0, num_pages)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """(first page, length) of every run."""
-        return iter(self._length.items())
-
-    def add(self, first: int, length: int) -> None:
-        """File a run that has become free, joined with its free neighbours."""
-        behind = first + length
-        before = self._first.get(first)
-        if before is not None:
-            length += self._remove(before)
-            first = before
-        if behind in self._length:
-            length += self._remove(behind)
-        self._insert(first, length)
-
-    def take_smallest(self, limit: int) -> range:
-        """Take up to ``limit`` pages from the front of a run of the lowest class."""
-        first = self._classes[(self._occupied & -self._occupied).bit_length() - 1][-1]
-        length = self._remove(first)
-        taken = min(limit, length)
-        if taken < length:
-            self._insert(first + taken, length - taken)
-        return range(first, first + taken)
-
-    def take_largest(self, limit: int) -> range:
-        """Take up to ``limit`` pages from the end of a run of the highest class."""
-        return self._take_end(self._classes[self._occupied.bit_length() - 1][-1], limit)
-
-    def take_fitting(self, count: int) -> range | None:
-        """Take ``count`` pages in one run, from the end of a run about as long; None where no run was found."""
-        size_class = count.bit_length() - 1
-        # Looking at no more than `count` runs keeps the promise of cost; a longer run may be cut instead.
-        for first in islice(reversed(self._classes[size_class]), count):
-            if self._length[first] >= count:
-                return self._take_end(first, count)
-        longer = self._occupied >> (size_class + 1)
-        if not longer:
-            return None
-        size_class += (longer & -longer).bit_length()
-        return self._take_end(self._classes[size_class][-1], count)
-
-    def _take_end(self, first: int, limit: int) -> range:
-        length = self._remove(first)
-        taken = min(limit, length)
-        if taken < length:
-            self._insert(first, length - taken)
-        return range(first + length - taken, first + length)
-
-    def _insert(self, first: int, length: int) -> None:
-        size_class = length.bit_length() - 1
-        members = self._classes[size_class]
-        self._length[first] = length
-        self._first[first + length] = first
-        self._slot[first] = len(members)
-        members.append(first)
-        self._occupied |= 1 << size_class
-
-    def _remove(self, first: int) -> int:
-        length = self._length.pop(first)
-        del self._first[first + length]
-        size_class = length.bit_length() - 1
-        members = self._classes[size_class]
-        slot, last = self._slot.pop(first), members.pop()
-        if last != first:
-            members[slot] = last
-            self._slot[last] = slot
-        if not members:
-            self._occupied &= ~(1 << size_class)
-        return length
-
-    def check_integrity(self) -> None:
-        """AssertionError where tags, classes and runs disagree, or two runs touch."""
-        assert self._first == {first + length: first for first, length in self}
-        assert not self._first.keys() & self._length.keys(), "two free runs touch"
-        for size_class, members in enumerate(self._classes):
-            assert bool(members) == bool(self._occupied >> size_class & 1)
-            for slot, first in enumerate(members):
-                assert self._slot[first] == slot
-                assert self._length[first].bit_length() - 1 == size_class
-        assert len(self._slot) == len(self._length) == sum(map(len, self._classes))
 
 
 class PagePool:
@@ -117,16 +23,28 @@ class PagePool:
     Args:
         num_pages: pages in all, at least 1.
         on_release: called with the pages whose count has fallen to 0, when they are free again. Tests poison them.
+        order: in which idle adapters and cached pages go when room is wanted; the least recently used first by default.
+
+    Attributes:
+        idle: what nobody uses, and could go.
+        kept: what nobody uses, but an operator wants kept: it goes only at any price, and after all that is idle.
     """
 
-    def __init__(self, num_pages: int, *, on_release: Callable[[list[int]], None] | None = None) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        *,
+        on_release: Callable[[list[int]], None] | None = None,
+        order: EvictionOrder | None = None,
+    ) -> None:
         if num_pages < 1:
             raise ValueError(f"a pool has at least 1 page, not {num_pages}")
         self._counts = array("i", bytes(4 * num_pages))
-        self._runs = _FreeRuns(num_pages)
+        self._runs = FreeRuns(num_pages)
         self._num_free = num_pages
         self._on_release = on_release
-        self.idle = IdleOrder()
+        self.idle: EvictionOrder = LruOrder() if order is None else order
+        self.kept: EvictionOrder = LruOrder()
 
     @property
     def num_pages(self) -> int:
@@ -141,18 +59,28 @@ class PagePool:
     @property
     def num_reachable(self) -> int:
         """Pages that are free, or could be by putting out what is idle."""
-        return self._num_free + self.idle.num_pages
+        return self._num_free + self.idle.size
+
+    @property
+    def num_reachable_alone(self) -> int:
+        """Pages that are free, or could be at any price: by putting out what is idle and what is kept."""
+        return self._num_free + self.idle.size + self.kept.size
 
     def can_allocate(self, count: int) -> bool:
         """Whether ``allocate(count)`` would succeed."""
         return count <= self._num_free
 
-    def make_room(self, count: int) -> bool:
-        """Put out what is idle until ``count`` pages are free; nothing, and False, where that would not suffice."""
-        if count > self.num_reachable:
+    def make_room(self, count: int, *, at_any_price: bool = False) -> bool:
+        """Put out what is idle until ``count`` pages are free; nothing, and False, where that would not suffice.
+
+        Args:
+            count: pages that are to be free.
+            at_any_price: put out what is kept, too, when nothing idle is left.
+        """
+        if count > (self.num_reachable_alone if at_any_price else self.num_reachable):
             return False
         while self._num_free < count:
-            self.idle.put_out_first()
+            (self.idle if self.idle.size else self.kept).put_out_first()
         return True
 
     def allocate(self, count: int, *, contiguous: bool = False) -> list[int]:
@@ -210,6 +138,11 @@ class PagePool:
             self._on_release(freed)
         return len(freed)
 
+    def free_pages(self) -> Iterator[int]:
+        """Every page that nobody holds, from the runs in which they are filed; for checks."""
+        for first, length in self._runs:
+            yield from range(first, first + length)
+
     def refcount(self, page: int) -> int:
         """Owners of a page; 0 for a free one."""
         return self._counts[page]
@@ -217,7 +150,7 @@ class PagePool:
     def check_integrity(self) -> None:
         """AssertionError where free runs and counts disagree. Costs time in proportion to the pool."""
         self._runs.check_integrity()
-        free = [page for first, length in self._runs for page in range(first, first + length)]
+        free = list(self.free_pages())
         assert len(free) == self._num_free
         assert set(free) == {page for page, count in enumerate(self._counts) if count == 0}
         assert min(self._counts) >= 0

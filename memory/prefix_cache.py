@@ -4,19 +4,22 @@ A page is named by a hash over the name of the page before it, its own tokens, a
 on any of them; so a name stands for everything that its K/V depends on. The base model's pages have no adapter in
 their names: an activated adapter shares them up to where it begins to act.
 
-Whoever uses a page uses all pages before it, and lets go of the last one first. So a page is never idle for longer than
-one behind it, and in the order of idleness none goes before those that are found through it.
+Whoever uses a page uses all pages before it, and lets go of the last one first. So a page comes to rest after all that
+are found through it; and it rests at what it is worth itself or at the most that one of those is worth, whichever is
+more. Among equals the one that came first goes first: none ever goes before one that is found through it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from struct import Struct
 from typing import NamedTuple
 
+from loraplex.memory.arrival_rates import NEVER, ArrivalRates, worth_of
 from loraplex.memory.page_pool import PagePool
 
 _KEY_BYTES = 32
@@ -91,27 +94,56 @@ class PrefixMatch(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _CachedPage:
+    """A page, how often it is wanted, and the idle pages found through it: how many, and at least their most worth."""
+
     key: bytes
     page: int
-    before: bytes | None
+    before: _CachedPage | None
+    log_weight: float = NEVER
+    num_idle_behind: int = 0
+    floor: float = NEVER
     idle: bool = False
+
+    def came_to_rest_behind(self, worth: float) -> None:
+        self.num_idle_behind += 1
+        self.floor = max(self.floor, worth)
+
+    def left_from_behind(self) -> None:
+        self.num_idle_behind -= 1
+        if not self.num_idle_behind:
+            self.floor = NEVER
 
 
 class PrefixCache:
     """Pages by name. The cache is one owner of each of its pages, beside the sequences that use them.
 
     ``KvCache`` tells it who uses what. Pages that nobody uses stay until they are wanted for something else (see
-    ``IdleOrder``).
+    ``eviction_order.py``).
 
     Args:
         pool: that the pages are of.
+        rates: the scale on which it is kept how often a page is wanted; without it all pages are worth the same.
+        page_seconds: to compute a page again, as things are now; without it, 1.
+
+    Attributes:
+        hit_pages: cached pages with which sequences have begun.
+        evicted_pages: pages that are cached no longer: for "room", "dropped" by their last user, or "cleared".
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        rates: ArrivalRates | None = None,
+        page_seconds: Callable[[], float] | None = None,
+    ) -> None:
         self._pool = pool
+        self._rates = rates
+        self._page_seconds = page_seconds
         self._by_key: dict[bytes, _CachedPage] = {}
         self._by_page: dict[int, _CachedPage] = {}
         self._num_idle = 0
+        self.hit_pages = 0
+        self.evicted_pages: Counter[str] = Counter()
 
     @property
     def num_pages(self) -> int:
@@ -122,6 +154,11 @@ class PrefixCache:
     def num_idle_pages(self) -> int:
         """Cached pages that nobody uses."""
         return self._num_idle
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """The cached pages, those in use included."""
+        return tuple(self._by_page)
 
     def holds(self, page: int) -> bool:
         """Whether a page is cached."""
@@ -146,7 +183,9 @@ class PrefixCache:
         for key in chain.known[:num_pages]:
             cached = self._by_key[key]
             self._wake(cached)
+            self._want(cached)
             pages.append(cached.page)
+        self.hit_pages += len(pages)
         return pages
 
     def put(self, chain: PageChain, index: int, page: int) -> int:
@@ -159,48 +198,74 @@ class PrefixCache:
         cached = self._by_key.get(key)
         if cached is not None:
             self._wake(cached)
+            if cached.page != page:
+                self._want(cached)
             return cached.page
-        before = chain.known[index - 1] if index else None
-        if before is None or before in self._by_key:
-            self._by_key[key] = self._by_page[page] = _CachedPage(key, page, before)
+        before = self._by_key.get(chain.known[index - 1]) if index else None
+        if before is not None or not index:
+            cached = self._by_key[key] = self._by_page[page] = _CachedPage(key, page, before)
+            self._want(cached)
             self._pool.retain((page,))
         return page
 
+    def _want(self, cached: _CachedPage) -> None:
+        if self._rates is not None:
+            cached.log_weight = self._rates.one_more(cached.log_weight)
+
     def _wake(self, cached: _CachedPage) -> None:
         if cached.idle:
-            cached.idle = False
-            self._num_idle -= 1
             self._pool.idle.discard(cached.key)
+            self._leave_rest(cached)
+
+    def _leave_rest(self, cached: _CachedPage) -> None:
+        cached.idle = False
+        self._num_idle -= 1
+        if cached.before is not None:
+            cached.before.left_from_behind()
 
     def rest(self, pages: Iterable[int], *, keep: bool) -> None:
-        """Nobody uses these pages any more; last ones first. Those that are cached stay, unless ``keep`` is false."""
+        """Nobody uses these pages any more; last ones first.
+
+        Those that are cached stay, unless ``keep`` is false and nothing idle is found through them.
+        """
+        seconds = 1.0 if self._page_seconds is None else self._page_seconds()
         for page in pages:
             cached = self._by_page.get(page)
             if cached is None:
                 continue
-            if keep:
-                cached.idle = True
-                self._num_idle += 1
-                self._pool.idle.add(cached.key, 1, self)
+            if keep or cached.num_idle_behind:
+                self._lay_to_rest(cached, seconds)
             else:
-                self._forget(cached)
+                self._forget(cached, "dropped")
+
+    def _lay_to_rest(self, cached: _CachedPage, seconds: float) -> None:
+        worth = 0.0
+        if self._rates is not None:
+            worth = max(worth_of(seconds, cached.log_weight, 1), cached.floor)
+        cached.idle = True
+        self._num_idle += 1
+        if cached.before is not None:
+            cached.before.came_to_rest_behind(worth)
+        self._pool.idle.add(cached.key, 1, self, worth)
 
     def put_out(self, key: Hashable) -> None:
-        """Give up an idle page, for ``IdleOrder``."""
+        """Give up an idle page, for the order that it was in."""
         assert isinstance(key, bytes)
-        self._num_idle -= 1
-        self._forget(self._by_key[key])
+        cached = self._by_key[key]
+        self._leave_rest(cached)
+        self._forget(cached, "room")
 
-    def _forget(self, cached: _CachedPage) -> None:
+    def _forget(self, cached: _CachedPage, reason: str) -> None:
         del self._by_key[cached.key], self._by_page[cached.page]
         self._pool.release((cached.page,))
+        self.evicted_pages[reason] += 1
 
     def clear(self) -> None:
         """Forget every page, because what lies in them is in doubt. None may be in use."""
         assert self._num_idle == len(self._by_key), "a cached page is in use"
         for cached in list(self._by_key.values()):
             self._wake(cached)
-            self._forget(cached)
+            self._forget(cached, "cleared")
 
     def check_integrity(self, used: Iterable[int]) -> None:
         """AssertionError where names, pages and idleness disagree; ``used`` are the pages that sequences hold."""
@@ -208,12 +273,17 @@ class PrefixCache:
         assert {cached.page for cached in self._by_key.values()} == set(self._by_page)
         assert len(self._by_page) == len(self._by_key)
         assert self._num_idle == sum(cached.idle for cached in self._by_key.values())
+        idle_behind = Counter(id(cached.before) for cached in self._by_key.values() if cached.idle)
         place = {key: at for at, key in enumerate(self._pool.idle.keys)}
         for key, cached in self._by_key.items():
             assert cached.key == key
             assert cached.idle == (cached.page not in used) == (key in place)
             assert not cached.idle or self._pool.refcount(cached.page) == 1, "somebody else holds an idle page"
-            before = None if cached.before is None else self._by_key[cached.before]
-            if before is not None and before.idle:
+            assert cached.num_idle_behind == idle_behind[id(cached)]
+            before = cached.before
+            if before is None:
+                continue
+            assert self._by_key.get(before.key) is before, "the page before has gone"
+            if before.idle:
                 assert cached.idle, "in use, though not found through a page in use"
                 assert place[key] < place[before.key], "a page would go before one that is found through it"

@@ -1,18 +1,11 @@
 from __future__ import annotations
 
-from collections import Counter
-from functools import partial
-from typing import ClassVar
-
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loraplex.memory.adapter_cache import AdapterCache
-from loraplex.memory.kv_cache import KvCache
+from loraplex.memory.arrival_rates import ArrivalRates
+from loraplex.memory.eviction_order import ValueOrder
 from loraplex.memory.page_pool import OutOfPages, PagePool
-from loraplex.memory.prefix_cache import PageChain
 
 
 @pytest.fixture
@@ -58,7 +51,7 @@ def test_pinned_adapters_stay(cache: AdapterCache) -> None:
     cache.pin("a")
     assert not cache.can_admit("b", 5)
     assert cache.can_admit("a", 6)
-    with pytest.raises(OutOfPages, match="adapter b needs 5 pages; 4 are free and 0 hold what is idle"):
+    with pytest.raises(OutOfPages, match="adapter b needs 5 pages; 4 are free, 0 hold what is idle and 0 what is kept"):
         cache.admit("b", 5)
     cache.unpin("a")
     assert cache.can_admit("b", 5)
@@ -137,151 +130,125 @@ def test_an_adapter_takes_one_run_where_there_is_one(pool: PagePool, cache: Adap
     assert cache.admit("a", 5) == pages[4:9]
 
 
-class MemoryMachine(RuleBasedStateMachine):
-    """Adapters and K/V in one pool, whose released pages are poisoned and whose owners write on them what they hold.
-
-    Sequences 0 to 5 begin alike for 8, 16 or 24 tokens.
-    """
-
-    SIZES: ClassVar = {"a": 1, "b": 3, "c": 5, "d": 8, "e": 13}
-    names = st.sampled_from(sorted(SIZES))
-    seq_ids = st.integers(0, 5)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.content: dict[int, object] = {}
-        self.pool = PagePool(20, on_release=self.poison)
-        self.kv = KvCache(self.pool, page_tokens=4)
-        self.cache = AdapterCache(self.pool)
-        self.pins: Counter[str] = Counter()
-        self.dropped: set[str] = set()
-        self.chains = {seq_id: PageChain(partial(self.tokens, seq_id), 4) for seq_id in range(6)}
-
-    @staticmethod
-    def tokens(seq_id: int, start: int, stop: int) -> list[int]:
-        return [at if at < 8 + 8 * (seq_id % 3) else 100 * seq_id + at for at in range(start, stop)]
-
-    def beginning(self, seq_id: int, index: int) -> tuple[int, ...]:
-        """What page ``index`` of a sequence holds: its tokens and all before them."""
-        return tuple(self.tokens(seq_id, 0, 4 * index + 4))
-
-    def poison(self, pages: list[int]) -> None:
-        for page in pages:
-            self.content[page] = float("nan")
-
-    @rule(name=names)
-    def admit(self, name: str) -> None:
-        possible = self.cache.can_admit(name, self.SIZES[name])
-        resident = self.cache.is_resident(name)
-        if not possible:
-            before = self.cache.resident
-            with pytest.raises(OutOfPages):
-                self.cache.admit(name, self.SIZES[name])
-            assert self.cache.resident == before
-            return
-        pages = self.cache.admit(name, self.SIZES[name])
-        assert (pages is None) == resident
-        self.dropped.discard(name)
-        for at, page in enumerate(pages or ()):
-            self.content[page] = (name, at)
-
-    @rule(name=names)
-    def pin(self, name: str) -> None:
-        if self.cache.is_resident(name):
-            self.cache.pin(name)
-            self.pins[name] += 1
-
-    @rule(name=names)
-    def unpin(self, name: str) -> None:
-        if self.pins[name]:
-            self.cache.unpin(name)
-            self.pins[name] -= 1
-            if name in self.dropped and not self.pins[name]:
-                assert not self.cache.is_resident(name)
-
-    @rule(name=names)
-    def drop(self, name: str) -> None:
-        self.cache.drop(name)
-        assert self.cache.is_resident(name) == (self.pins[name] > 0)
-        self.dropped.add(name)
-
-    @rule(count=st.integers(0, 21))
-    def make_room(self, count: int) -> None:
-        idle = self.cache.num_evictable_pages + self.kv.prefixes.num_idle_pages
-        assert self.pool.num_reachable == self.pool.num_free + idle
-        assert self.pool.make_room(count) == (count <= self.pool.num_free + idle)
-        assert count > self.pool.num_reachable or self.pool.can_allocate(count)
-
-    @rule(seq_id=seq_ids, num_tokens=st.integers(0, 40))
-    def extend(self, seq_id: int, num_tokens: int) -> None:
-        missing = self.kv.missing_pages(seq_id, num_tokens)
-        before = list(self.kv.pages(seq_id))
-        if not self.pool.make_room(missing):
-            with pytest.raises(OutOfPages):
-                self.kv.extend(seq_id, num_tokens)
-            assert self.kv.pages(seq_id) == before
-            return
-        self.kv.extend(seq_id, num_tokens)
-        assert self.kv.pages(seq_id)[: len(before)] == before
-        for index, page in enumerate(self.kv.pages(seq_id)):
-            if index >= len(before):
-                self.content[page] = self.beginning(seq_id, index)
-
-    @rule(seq_id=seq_ids)
-    def cache_pages(self, seq_id: int) -> None:
-        if pages := self.kv.pages(seq_id):
-            self.kv.cache(seq_id, self.chains[seq_id], 0, len(pages))
-
-    @rule(seq_id=seq_ids, num_tokens=st.integers(0, 40))
-    def begin(self, seq_id: int, num_tokens: int) -> None:
-        found = self.kv.match(self.chains[seq_id], num_tokens)
-        assert 0 <= found.num_idle <= found.num_pages <= num_tokens // 4
-        if self.kv.pages(seq_id):
-            return
-        before = self.kv.prefixes.num_idle_pages
-        assert self.kv.begin_with(seq_id, self.chains[seq_id], found) == 4 * found.num_pages
-        assert self.kv.prefixes.num_idle_pages == before - found.num_idle
-
-    @precondition(lambda self: not self.kv.sequences)
-    @rule()
-    def clear(self) -> None:
-        self.kv.prefixes.clear()
-        assert self.kv.prefixes.num_pages == 0
-
-    @rule(seq_id=seq_ids, keep=st.booleans())
-    def release(self, seq_id: int, keep: bool) -> None:
-        self.kv.release(seq_id, keep=keep)
-        assert self.kv.pages(seq_id) == []
-
-    @invariant()
-    def every_page_has_the_owner_that_it_should(self) -> None:
-        for owner in (self.pool, self.kv, self.cache):
-            owner.check_integrity()
-        owned = self.kv.num_pages + self.kv.prefixes.num_idle_pages + self.cache.num_pages
-        assert self.pool.num_free + owned == self.pool.num_pages
-        assert all(self.cache.is_resident(name) for name, pins in self.pins.items() if pins)
-        assert all(self.cache.pins(name) == pins for name, pins in self.pins.items())
-
-    @invariant()
-    def nobody_reads_what_was_released(self) -> None:
-        for name in self.cache.resident:
-            assert [self.content[page] for page in self.cache.pages(name)] == [
-                (name, at) for at in range(self.SIZES[name])
-            ]
-        for seq_id in self.kv.sequences:
-            for index, page in enumerate(self.kv.pages(seq_id)):
-                assert self.content[page] == self.beginning(seq_id, index)
-
-    def teardown(self) -> None:
-        for seq_id in self.kv.sequences:
-            self.kv.release(seq_id)
-        for name in self.pins.elements():
-            self.cache.unpin(name)
-        for name in self.SIZES:
-            self.cache.drop(name)
-        self.kv.prefixes.clear()
-        assert self.pool.num_free == self.pool.num_pages
+def test_kept_adapters_stay_when_room_is_made_and_go_last_at_any_price(pool: PagePool, cache: AdapterCache) -> None:
+    for name in "abc":
+        cache.admit(name, 3)
+    cache.keep("a")
+    assert (cache.kept, cache.kept_pages) == (("a",), 3)
+    assert (pool.num_reachable, pool.num_reachable_alone) == (7, 10)
+    assert not pool.make_room(8)
+    assert not cache.can_admit("d", 8)
+    assert pool.make_room(2)
+    assert cache.resident == ("c", "a")
+    assert cache.can_admit("d", 8, at_any_price=True)
+    with pytest.raises(OutOfPages, match="4 are free, 3 hold what is idle and 3 what is kept"):
+        cache.admit("d", 8)
+    cache.admit("d", 8, at_any_price=True)
+    assert cache.resident == ("d",)
+    assert (cache.kept, cache.missing_kept, cache.kept_pages) == ((), ("a",), 0)
+    assert cache.evictions_by_reason == {"room": 2, "price": 1}
+    assert cache.evictions == 3
 
 
-TestMemoryMachine = MemoryMachine.TestCase
-TestMemoryMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+def test_a_kept_adapter_that_had_to_go_is_kept_again_when_it_is_back(pool: PagePool, cache: AdapterCache) -> None:
+    cache.keep("a")
+    assert cache.missing_kept == ("a",)
+    cache.admit("a", 4)
+    assert (cache.kept, cache.missing_kept) == (("a",), ())
+    assert pool.num_reachable == 6
+    cache.drop("a")
+    assert cache.missing_kept == ("a",)
+    cache.admit("a", 4)
+    cache.unkeep("a")
+    cache.unkeep("unknown")
+    assert (cache.kept, cache.missing_kept) == ((), ())
+    assert not cache.is_kept("a")
+    assert pool.num_reachable == 10
+    cache.check_integrity()
+
+
+def test_a_kept_adapter_in_use_is_kept_when_it_is_idle_again(pool: PagePool, cache: AdapterCache) -> None:
+    cache.admit("a", 4)
+    cache.pin("a")
+    cache.keep("a")
+    assert cache.kept_pages == 4
+    assert pool.num_reachable_alone == 6
+    cache.unpin("a")
+    assert cache.num_evictable_pages == 0
+    assert (cache.num_evictable_of("a"), cache.num_evictable_alone_of("a")) == (0, 4)
+    assert (pool.num_reachable, pool.num_reachable_alone) == (6, 10)
+    cache.check_integrity()
+
+
+def test_changes_name_who_entered_or_left_since_they_were_last_taken(pool: PagePool, cache: AdapterCache) -> None:
+    cache.admit("a", 4)
+    cache.admit("b", 4)
+    assert cache.take_changes() == {"a", "b"}
+    cache.admit("a", 4)
+    cache.pin("a")
+    assert cache.take_changes() == set()
+    cache.admit("c", 4)
+    cache.drop("a")
+    assert cache.take_changes() == {"b", "c"}
+    cache.unpin("a")
+    assert cache.take_changes() == {"a"}
+    assert cache.evictions_by_reason == {"room": 1, "dropped": 1}
+
+
+@pytest.fixture
+def costs() -> dict[str, float]:
+    return {"a": 1.0, "b": 1.0, "c": 1.0}
+
+
+@pytest.fixture
+def rates() -> ArrivalRates:
+    return ArrivalRates(clock=lambda: 0.0)
+
+
+@pytest.fixture
+def by_value(rates: ArrivalRates, costs: dict[str, float]) -> AdapterCache:
+    """Three idle adapters of 3 pages, each wanted once."""
+    cache = AdapterCache(PagePool(9, order=ValueOrder()), rates, lambda identity, num_pages: costs[identity])
+    for name in "abc":
+        rates.note(name)
+        cache.admit(name, 3)
+    return cache
+
+
+def test_what_is_wanted_more_often_or_costs_more_stays(
+    by_value: AdapterCache, rates: ArrivalRates, costs: dict[str, float]
+) -> None:
+    rates.note("a")
+    by_value.admit("a", 3)
+    costs["b"] = 1.5
+    by_value.rescore("b")
+    costs["d"] = 1.0
+    by_value.admit("d", 1)
+    assert by_value.resident == ("b", "a", "d")
+    # Never wanted, the newcomer goes before all others.
+    costs["e"] = 1.0
+    rates.note("e")
+    by_value.admit("e", 3)
+    assert by_value.resident == ("b", "a", "e")
+
+
+def test_a_size_is_what_a_worth_is_divided_by(rates: ArrivalRates) -> None:
+    cache = AdapterCache(PagePool(8, order=ValueOrder()), rates)
+    for name, pages in (("small", 1), ("large", 4), ("middle", 2)):
+        rates.note(name)
+        cache.admit(name, pages)
+    assert cache.admit("new", 2) is not None
+    assert cache.resident == ("small", "middle", "new")
+
+
+def test_another_cost_is_no_use_of_an_adapter(pool: PagePool, cache: AdapterCache) -> None:
+    for name in "abc":
+        cache.admit(name, 3)
+    cache.pin("b")
+    cache.keep("c")
+    for name in ("a", "b", "c", "unknown"):
+        cache.rescore(name)
+    cache.unkeep("c")
+    cache.unpin("b")
+    assert pool.idle.keys == ("a", "c", "b")
+    cache.check_integrity()

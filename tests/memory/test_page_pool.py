@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from loraplex.memory.eviction_order import ValueOrder
 from loraplex.memory.page_pool import OutOfPages, PagePool
 
 
@@ -86,6 +89,51 @@ def test_freed_neighbours_join_into_one_run() -> None:
         pool.release([page])
         pool.check_integrity()
     assert pool.allocate(9, contiguous=True) == list(range(9))
+
+
+class Holder:
+    """An owner of pages that could go."""
+
+    def __init__(self, pool: PagePool, **sizes: int) -> None:
+        self.pool = pool
+        self.pages = {name: pool.allocate(size) for name, size in sizes.items()}
+
+    def put_out(self, key: Hashable) -> None:
+        assert isinstance(key, str)
+        self.pool.release(self.pages.pop(key))
+
+
+def test_room_is_made_of_what_is_idle_and_at_any_price_of_what_is_kept() -> None:
+    pool = PagePool(12)
+    holder = Holder(pool, a=2, b=3, c=4, used=1)
+    for name, order in (("a", pool.kept), ("b", pool.idle), ("c", pool.idle)):
+        order.add(name, len(holder.pages[name]), holder, 0.0)
+    assert (pool.num_free, pool.num_reachable, pool.num_reachable_alone) == (2, 9, 11)
+    assert not pool.make_room(10)
+    assert not pool.make_room(12, at_any_price=True)
+    assert set(holder.pages) == {"a", "b", "c", "used"}
+    assert pool.make_room(3, at_any_price=True)
+    assert set(holder.pages) == {"a", "c", "used"}
+    assert pool.make_room(10, at_any_price=True)
+    assert set(holder.pages) == {"used"}
+    pool.check_integrity()
+
+
+def test_the_order_that_a_pool_is_given_says_what_goes_first() -> None:
+    pool = PagePool(4, order=ValueOrder())
+    holder = Holder(pool, a=2, b=2)
+    pool.idle.add("a", 2, holder, 5.0)
+    pool.idle.add("b", 2, holder, 1.0)
+    assert pool.make_room(1)
+    assert set(holder.pages) == {"a"}
+
+
+def test_the_free_pages_are_those_without_an_owner() -> None:
+    pool = PagePool(8)
+    pages = pool.allocate(8)
+    pool.release(pages[1:4])
+    pool.release(pages[6:7])
+    assert sorted(pool.free_pages()) == [1, 2, 3, 6]
 
 
 class PagePoolMachine(RuleBasedStateMachine):

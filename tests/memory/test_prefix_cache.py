@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from loraplex.memory.adapter_cache import AdapterCache
-from loraplex.memory.idle_order import IdleOrder
 from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
 from loraplex.memory.prefix_cache import PageChain
@@ -199,28 +198,3 @@ def _common(one: list[int], other: list[int]) -> int:
     """Full pages that two sequences have in common."""
     count = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return min(count // 4, len(one) // 4, len(other) // 4)
-
-
-class Owner:
-    def __init__(self) -> None:
-        self.gone: list[object] = []
-
-    def put_out(self, key: object) -> None:
-        self.gone.append(key)
-
-
-def test_the_order_of_idleness_counts_pages_and_tells_the_owner() -> None:
-    order, owner = IdleOrder(), Owner()
-    for key, num_pages in (("a", 3), (b"b", 1), ("c", 2)):
-        order.add(key, num_pages, owner)
-    order.touch("a")
-    assert order.num_pages == 6
-    order.put_out_first()
-    assert (owner.gone, order.num_pages) == ([b"b"], 5)
-    order.discard("c")
-    assert (order.keys, order.num_pages) == (("a",), 3)
-    assert "a" in order
-    with pytest.raises(AssertionError, match="'a' is idle already"):
-        order.add("a", 3, owner)
-    with pytest.raises(KeyError):
-        order.discard("c")
