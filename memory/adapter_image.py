@@ -15,9 +15,10 @@ small differences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -31,6 +32,9 @@ from loraplex.memory.adapter_spec import (
     TokenRoutes,
 )
 from loraplex.memory.serial_torch import SERIAL_ELEMENTS
+
+_Integers = Any  # numpy's array, as torch gives it
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 CHUNK = 128
 """Elements of the smallest unit that kernels address; rows are aligned to it."""
@@ -124,31 +128,56 @@ class ImageLayout:
 
 @dataclass(frozen=True, slots=True)
 class AdapterImage:
-    """An adapter ready to be paged in: one copy and one scatter.
+    """An adapter ready to be paged in.
 
     Attributes:
         identity, kind: of the adapter (see ``AdapterSpec``).
         layout: where its rows lie.
-        data: [num_layers, num_pages, page_elems] in the model's dtype, on the host; unused elements are zero.
+        parts: all layers in order, each part some of them: [layers, num_pages, page_elems] in the model's dtype,
+            contiguous, on the host; unused elements are zero.
         routing, token_routes, invocation: as in ``AdapterSpec``.
+        room: what keeps the parts' memory from being given to others while the image lives, where somebody must.
     """
 
     identity: str
     kind: str
     layout: ImageLayout
-    data: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
     routing: Routing | None = None
     token_routes: TokenRoutes | None = None
     invocation: tuple[int, ...] = ()
+    room: object = field(default=None, repr=False, compare=False)
+
+    @property
+    def num_layers(self) -> int:
+        return sum(part.shape[0] for part in self.parts)
 
     @property
     def num_pages(self) -> int:
-        return self.data.shape[1]
+        return self.parts[0].shape[1]
 
     @property
     def num_bytes(self) -> int:
         """Of the rows, and of the routes by token where there are any."""
-        return self.data.nbytes + (self.token_routes.num_bytes if self.token_routes else 0)
+        return sum(part.nbytes for part in self.parts) + (self.token_routes.num_bytes if self.token_routes else 0)
+
+    @property
+    def data(self) -> torch.Tensor:
+        """[num_layers, num_pages, page_elems]: the only part, or a copy of several."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+    def layer(self, index: int) -> torch.Tensor:
+        """[num_pages, page_elems] of a layer."""
+        return layer_of(self.parts, index)
+
+
+def layer_of(parts: Sequence[torch.Tensor], index: int) -> torch.Tensor:
+    """A layer's tensor, where several parts hold consecutive layers. IndexError where they have no such layer."""
+    for part in parts:
+        if index < part.shape[0]:
+            return part[index]
+        index -= part.shape[0]
+    raise IndexError(f"layer {index} beyond the last")
 
 
 @dataclass(slots=True)
@@ -225,35 +254,83 @@ def _lay_out(
 
 
 def build_image(
-    spec: AdapterSpec, num_layers: int, page_elems: int, dtype: torch.dtype, *, pin_memory: bool = False
+    spec: AdapterSpec,
+    num_layers: int,
+    page_elems: int,
+    dtype: torch.dtype,
+    *,
+    layout: ImageLayout | None = None,
+    parts: tuple[torch.Tensor, ...] | None = None,
+    room: object = None,
 ) -> AdapterImage:
-    """Lay an adapter out in page order in host memory."""
-    layout = plan_layout(spec, num_layers, dtype)
-    num_pages = layout.num_pages(page_elems)
-    data = torch.zeros((num_layers, num_pages, page_elems), dtype=dtype, pin_memory=pin_memory)
-    chunks = data.view(num_layers, -1, CHUNK)
+    """Lay an adapter out in page order.
+
+    Args:
+        layout: of ``plan_layout``, where it is known already.
+        parts: where to, as in ``AdapterImage``, whatever they hold; by default new memory.
+        room: kept with the image.
+    """
+    layout = layout or plan_layout(spec, num_layers, dtype)
+    if parts is None:
+        parts = (torch.empty((num_layers, layout.num_pages(page_elems), page_elems), dtype=dtype),)
+    layers = [layer for part in parts for layer in _as_integers(part).reshape(part.shape[0], -1)]
+    covered: list[list[tuple[int, int]]] = [[] for _ in layers]
+    for rows in _rows_of(spec, layout, num_layers, dtype):
+        start, stop = rows.start * CHUNK, (rows.start + rows.count * rows.stride) * CHUNK
+        _store_rows(layers[rows.layer][start:stop].reshape(rows.count, -1), rows, dtype)
+        covered[rows.layer].append((start, stop))
+    for layer, spans in zip(layers, covered):
+        _clear_the_rest(layer, spans)
+    return AdapterImage(spec.identity, spec.kind, layout, parts, spec.routing, spec.token_routes, spec.invocation, room)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of one layer, from chunk ``start`` on, each padded to ``stride`` chunks.
+
+    Attributes:
+        values: [count, width], or [width, count] where ``transposed``.
+        gain: [width] float32, a factor on each column of transposed rows.
+    """
+
+    layer: int
+    values: torch.Tensor
+    start: int
+    stride: int
+    transposed: bool = False
+    gain: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.values.shape[1 if self.transposed else 0]
+
+    @property
+    def width(self) -> int:
+        return self.values.shape[0 if self.transposed else 1]
+
+    def block(self, start: int, stop: int) -> torch.Tensor:
+        """Some of ``values``, times the gain."""
+        values = self.values[start:stop]
+        return values if self.gain is None else values.float() * self.gain[start:stop, None]
+
+
+def _rows_of(spec: AdapterSpec, layout: ImageLayout, num_layers: int, dtype: torch.dtype) -> Iterator[_Rows]:
+    """Everything that an image consists of."""
     for pair in spec.pairs:
-        _store_pair(chunks, pair, layout)
+        site = _site_of(pair, layout)
+        if pair.layer is None:
+            for layer in range(min(num_layers, pair.rank)):
+                yield _Rows(layer, pair.a[layer::num_layers], site.a_start, site.a_stride)
+                yield _Rows(layer, pair.b[:, layer::num_layers], site.b_start, site.b_stride, True, pair.gain)
+        else:
+            yield _Rows(pair.layer, pair.a, site.a_start, site.a_stride)
+            yield _Rows(pair.layer, pair.b, site.b_start, site.b_stride, True, pair.gain)
+        if pair.gain is not None and site.gain_start is not None:
+            yield _Rows(pair.layer or 0, (pair.gain - 1)[None], site.gain_start, site.b_stride)
     for router in spec.routers:
         at = layout.mixture_of_layer(router.layer).routers[router.site]
-        wide = chunks[router.layer].view(torch.float32)
-        _store_rows(wide, router.weight, at.start, at.stride)
-    return AdapterImage(spec.identity, spec.kind, layout, data, spec.routing, spec.token_routes, spec.invocation)
-
-
-def _store_pair(chunks: torch.Tensor, pair: LowRankPair, layout: ImageLayout) -> None:
-    """Copy a pair into ``chunks [num_layers, c, 128]``."""
-    site = _site_of(pair, layout)
-    b = pair.b if pair.gain is None else pair.b.float() * pair.gain[:, None]
-    num_layers = chunks.shape[0]
-    for rows, start, stride in ((pair.a, site.a_start, site.a_stride), (b.T, site.b_start, site.b_stride)):
-        if pair.layer is None:
-            for layer in range(min(num_layers, rows.shape[0])):
-                _store_rows(chunks[layer], rows[layer::num_layers], start, stride)
-        else:
-            _store_rows(chunks[pair.layer], rows, start, stride)
-    if pair.gain is not None and site.gain_start is not None:
-        _store_rows(chunks[pair.layer or 0], (pair.gain - 1)[None], site.gain_start, site.b_stride)
+        # The bits of float32, whatever the image's dtype.
+        yield _Rows(router.layer, router.weight.float().contiguous().view(dtype), at.start, at.stride)
 
 
 def _site_of(pair: LowRankPair, layout: ImageLayout) -> SiteLayout:
@@ -264,10 +341,33 @@ def _site_of(pair: LowRankPair, layout: ImageLayout) -> SiteLayout:
     return layout.mixture_of_layer(pair.layer).experts[pair.expert][pair.site]
 
 
-def _store_rows(chunks: torch.Tensor, rows: torch.Tensor, start: int, stride: int) -> None:
-    """Copy ``rows [n, width]`` into ``chunks [c, k]`` from chunk ``start``, each row padded to ``stride`` chunks."""
-    count, width = rows.shape
-    stored = chunks[start : start + count * stride].view(count, -1)[:, :width]
-    block = max(1, SERIAL_ELEMENTS // width)
-    for target, source in zip(stored.split(block), rows.split(block)):
-        target.copy_(source)
+def _store_rows(target: _Integers, rows: _Rows, dtype: torch.dtype) -> None:
+    """Copy rows into ``target [count, stride * 128]``, the bits of ``dtype``, and zeros behind each."""
+    # numpy transposes three to four times as fast as torch, on one thread, and its calls are quick; it has no bfloat16.
+    inner = rows.count if rows.transposed else rows.width
+    step = max(1, SERIAL_ELEMENTS // inner)
+    length = rows.width if rows.transposed else rows.count
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        values = rows.block(start, stop)
+        block = _as_integers(values if values.dtype == dtype else values.to(dtype))
+        if rows.transposed:
+            target[:, start:stop] = block.T
+        else:
+            target[start:stop, : rows.width] = block
+    if rows.width < target.shape[1]:
+        target[:, rows.width :] = 0
+
+
+def _clear_the_rest(layer: _Integers, covered: list[tuple[int, int]]) -> None:
+    """Fill with zeros what none of the spans of ``layer [elements]`` covers; no two overlap."""
+    end = 0
+    for start, stop in sorted(covered):
+        layer[end:start] = 0
+        end = stop
+    layer[end:] = 0
+
+
+def _as_integers(tensor: torch.Tensor) -> _Integers:
+    """The same memory as integers."""
+    return tensor.view(_INTEGERS[tensor.dtype.itemsize]).numpy()

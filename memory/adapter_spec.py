@@ -182,3 +182,20 @@ class AdapterSpec:
     def num_experts(self) -> int:
         """0 for an adapter without experts."""
         return self.routing.num_experts if self.routing else 0
+
+    def first_kv_layer(self, num_layers: int) -> int:
+        """The first layer whose keys and values may differ from the base's; ``num_layers`` where none may.
+
+        A layer's keys and values follow from its k_proj and v_proj and from what enters the layer. So an update of
+        those acts from its own layer on, one of the layer's other linears from the next layer on, one of
+        ``embed_tokens`` from the first on, and one of ``lm_head`` nowhere.
+        """
+        places = [(pair.site, pair.layer) for pair in self.pairs]
+        places += [(router.site, router.layer) for router in self.routers]
+        return min((_first_kv_layer(site, layer, num_layers) for site, layer in places), default=num_layers)
+
+
+def _first_kv_layer(site: str, layer: int | None, num_layers: int) -> int:
+    if layer is None:
+        return 0 if site == "embed_tokens" else num_layers
+    return min(layer if site in ("k_proj", "v_proj") else layer + 1, num_layers)

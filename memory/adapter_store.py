@@ -2,129 +2,70 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from loraplex.memory.adapter_errors import AdapterFileError
-from loraplex.memory.adapter_image import AdapterImage, build_image, plan_layout
+from loraplex.memory.adapter_errors import AdapterChangedError, AdapterFileError
+from loraplex.memory.adapter_image import AdapterImage, ImageLayout, build_image, plan_layout
 from loraplex.memory.adapter_merge import read_source
-from loraplex.memory.adapter_spec import AdapterSpec, BaseShape, BaseWeights, RoutingScope
+from loraplex.memory.adapter_spec import AdapterSpec, BaseShape, BaseWeights
+from loraplex.memory.arrival_rates import ArrivalRates, worth_of
+from loraplex.memory.eviction_order import EvictionOrder, LruOrder
+from loraplex.memory.host_slab import HostSlab
+from loraplex.memory.store_images import HeldImage, HostImages
+from loraplex.memory.store_read_times import ReadTimes
+from loraplex.memory.store_records import Record, Records
+from loraplex.memory.store_retries import BackOff, read_patiently
+from loraplex.memory.store_states import (
+    Absent,
+    Content,
+    Failed,
+    Key,
+    Loading,
+    LoadState,
+    Ready,
+    StoreStats,
+    content_of,
+)
+from loraplex.memory.store_threads import LoaderThreads
 
-_log = logging.getLogger(__name__)
+__all__ = ["Absent", "AdapterStore", "Content", "Failed", "LoadState", "Loading", "Ready", "StoreStats"]
 
-_MAX_FAILURES = 1000
-"""So many failed loads are remembered; the oldest are forgotten first."""
+_PATIENCE = 0.05
+"""Seconds that a load waits for the memory of images that have gone but are still being read, before others go."""
 
 _FILE_TO_IMAGE = 4  # a file of float64 makes an image of a quarter of its size
 
 
-@dataclass(frozen=True, slots=True)
-class Absent:
-    """Not here, and nobody is reading it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """Waiting for a loader thread, being read, or waiting for room."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Here. ``seconds`` is what reading, verifying and laying out took, waits for room included.
-
-    ``num_experts`` and ``scope`` are those of the adapter's routing: 0 and None where it has none.
-    """
-
-    image: AdapterImage
-    warnings: tuple[str, ...]
-    rank: int
-    targets: tuple[str, ...]
-    seconds: float
-    num_experts: int = 0
-    scope: RoutingScope | None = None
-
-    @property
-    def invocation(self) -> tuple[int, ...]:
-        return self.image.invocation
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Could not be read. ``error`` is an AdapterFileError unless the fault is ours; ``at`` is on the store's clock."""
-
-    error: BaseException
-    at: float
-
-
-LoadState = Absent | Loading | Ready | Failed
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStats:
-    """A snapshot. Counters run since the store was made; a hit is a request for what is here already."""
-
-    images: int
-    host_bytes: int
-    byte_limit: int
-    loading: int
-    waiting_for_room: int
-    hits: int
-    loads: int
-    failures: int
-    evictions: int
-
-
-_Key = tuple[str, int]  # path, revision
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """What is known of a registration."""
-
-    key: _Key
-    state: LoadState = Loading()
-    pins: int = 0
-    forgotten: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    """The room of one image, and the registrations that share it. ``image`` is None while it is being laid out."""
-
-    num_bytes: int
-    image: AdapterImage | None = None
-    keys: set[_Key] = field(default_factory=set)
-    pins: int = 0
-
-
 class AdapterStore:
-    """Reads adapters in loader threads and keeps their images, the least recently used out first.
+    """Reads adapters in loader threads and keeps their images, the least valuable out first.
 
-    ``request``, ``state``, ``pin``, ``unpin`` and ``forget`` are quick and never wait for a file. Two registrations of
-    the same content share one image. The budget holds at every moment: a loader whose image finds no room, because what
-    is here is pinned, waits until there is some.
+    ``request``, ``state``, ``pin``, ``unpin`` and ``forget`` are quick and never wait for a file; no call but
+    ``check_integrity`` takes longer the more adapters there are. Two registrations of the same content share one image.
+    The budget holds at every moment: a loader whose image finds no room, because what is here is pinned, waits until
+    there is some.
+
+    A registration keeps the content that was read under it first (see ``expect``). A load that fails is an error of
+    that registration alone; it is tried again on request, but not before a pause that doubles with each failure.
 
     Args:
         shape: what the served base offers to adapters.
         page_elems: elements of a page in one layer.
         dtype: of the served model.
-        byte_limit: budget of all images together.
+        byte_limit: budget of all images together. Memory is reserved at once and taken as it is used.
         threads: loader threads, the most files in memory at once.
         allow_bin, base_name, base_weights: as in ``read_adapter``.
-        pin_memory: lay images out in page-locked memory, for copies to CUDA.
+        pin_memory: lay images out in page-locked memory, for copies to CUDA; all of it is taken at once.
         on_change: called from a loader thread, without the store's lock, after a load has ended.
-        reader, clock: in place of ``read_source`` and the monotonic clock; for tests.
-        retry_seconds: how long a failed load is remembered before a request tries again.
-
-    Attributes:
-        host_bytes: of all images, those being laid out included.
+        reader, clock: in place of ``read_source`` and the monotonic clock.
+        rates: how often contents are wanted; what is rarely wanted, quickly read and large is worth least.
+        order: of eviction; by default the least recently used goes first.
+        first_retry_seconds, longest_retry_seconds: pause after the first failure of a load, and the longest.
+        sleep: waits between tries within a load; by default until the store closes at the latest.
     """
 
     def __init__(
@@ -142,12 +83,17 @@ class AdapterStore:
         on_change: Callable[[], None] | None = None,
         reader: Callable[[str], AdapterSpec] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        retry_seconds: float = 5.0,
+        rates: ArrivalRates | None = None,
+        order: EvictionOrder | None = None,
+        first_retry_seconds: float = 1.0,
+        longest_retry_seconds: float = 60.0,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
         self.byte_limit = byte_limit
         self._num_layers = shape.num_layers
-        self._page_elems, self._dtype, self._pin_memory = page_elems, dtype, pin_memory
-        self._on_change, self._clock, self._retry_seconds = on_change, clock, retry_seconds
+        self._page_elems, self._dtype = page_elems, dtype
+        self._clock, self._rates = clock, rates
+        self._back_off = BackOff(first_retry_seconds, longest_retry_seconds)
         self._reader = reader or partial(
             read_source,
             shape=shape,
@@ -158,261 +104,309 @@ class AdapterStore:
             base_weights=base_weights,
         )
         self._changed = threading.Condition()
-        self._entries: dict[_Key, _Entry] = {}
-        self._images: OrderedDict[str, _Held] = OrderedDict()
-        self._queue, self._failures = deque[_Entry](), deque[_Entry]()
-        self._running: set[_Key] = set()
-        self._closed = False
-        self.host_bytes = 0
-        self._waiting = self._hits = self._loads = self._failed = self._evictions = 0
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._slab = HostSlab(byte_limit, page_elems, dtype, page_locked=pin_memory, on_return=self._wake)
+        self._images = HostImages(self._slab, byte_limit, order or LruOrder(), self._worth, self._note_gone)
+        self._times = ReadTimes()
+        self._records = Records()
+        self._moves: set[str] = set()
+        self._waiting = self._hits = self._misses = self._loads = self._failures = 0
+        self._threads = LoaderThreads(threads, self._changed, self._load, self._fail, on_change)
+        self._queue = self._threads.queue
+        self._sleep = sleep or self._threads.closing.wait
+        self._threads.start()
 
     def request(self, path: str, revision: int) -> None:
-        """Start reading an adapter unless it is here, in flight, or has just failed."""
-        key = (path, revision)
+        """Start reading an adapter unless it is here, in flight, or has failed a moment ago."""
         with self._changed:
-            entry = self._entries.get(key)
-            if entry is not None:
-                entry.forgotten = False
-                if isinstance(entry.state, Ready):
+            record = self._records.obtain((path, revision))
+            record.forgotten = False
+            match record.state:
+                case Ready(image):
                     self._hits += 1
-                    self._images.move_to_end(entry.state.image.identity)
-                if not (isinstance(entry.state, Failed) and self._clock() - entry.state.at >= self._retry_seconds):
-                    return
-            self._entries[key] = entry = _Entry(key)
-            self._queue.append(entry)
-            self._changed.notify_all()
+                    self._images.touch(self._held(image.identity))
+                case Absent():
+                    self._start(record)
+                case Failed() as failed if self._clock() >= failed.retry_at:
+                    self._start(record)
+                case _:
+                    pass
+
+    def _start(self, record: Record) -> None:
+        self._misses += 1
+        self._records.set_state(record, Loading())
+        self._queue.add(record.key, record)
+        self._changed.notify_all()
+
+    def expect(self, path: str, revision: int, identity: str) -> None:
+        """From now on a read of this registration must yield this content, or it fails with ``AdapterChangedError``.
+
+        The first read sets that by itself. Other content that is here goes, now or at its last ``unpin``.
+        """
+        with self._changed:
+            record = self._records.obtain((path, revision))
+            record.expected = identity
+            if isinstance(record.state, Ready) and not record.pins:
+                self._release(record)
 
     def state(self, path: str, revision: int) -> LoadState:
         """How far an adapter is."""
         with self._changed:
-            entry = self._entries.get((path, revision))
-            return Absent() if entry is None else entry.state
+            record = self._records.find((path, revision))
+            return Absent() if record is None else record.state
+
+    def content(self, path: str, revision: int) -> Content | None:
+        """What an adapter is, from its last read on until it is forgotten, whether it is here or not."""
+        with self._changed:
+            record = self._records.find((path, revision))
+            return None if record is None else record.content
 
     def holds(self, identity: str) -> bool:
         """Whether the image of this content is here."""
         with self._changed:
-            held = self._images.get(identity)
+            held = self._images.find(identity)
             return held is not None and held.image is not None
+
+    def seconds_to_read(self, identity: str, num_bytes: int | None = None) -> float:
+        """What reading this content took last; else what an image of so many bytes, or of any size, took of late."""
+        with self._changed:
+            return self._times.seconds_of(identity, num_bytes)
 
     def pin(self, path: str, revision: int) -> None:
         """Keep an image until as many calls of ``unpin``. KeyError unless its state is Ready."""
         with self._changed:
-            entry, held = self._ready((path, revision))
-            entry.pins += 1
-            held.pins += 1
+            record, held = self._ready((path, revision))
+            record.pins += 1
+            self._images.pin(held)
 
     def unpin(self, path: str, revision: int) -> None:
         """Undo one ``pin``."""
         with self._changed:
-            entry, held = self._ready((path, revision))
-            assert entry.pins > 0, "unpinned more often than pinned"
-            entry.pins -= 1
-            held.pins -= 1
-            if entry.pins == 0 and entry.forgotten:
-                self._remove(entry)
+            record, held = self._ready((path, revision))
+            assert record.pins > 0, "unpinned more often than pinned"
+            record.pins -= 1
+            self._images.unpin(held)
+            if record.pins == 0:
+                self._release(record)
             self._changed.notify_all()
 
-    def _ready(self, key: _Key) -> tuple[_Entry, _Held]:
-        entry = self._entries.get(key)
-        if entry is None or not isinstance(entry.state, Ready):
-            raise KeyError(f"{key} is not ready")
-        return entry, self._images[entry.state.image.identity]
+    def _release(self, record: Record) -> None:
+        """Let go of an unpinned image that is not wanted any more."""
+        if record.forgotten:
+            self._remove(record)
+        elif isinstance(record.state, Ready) and record.state.image.identity != record.expected:
+            held = self._held(record.state.image.identity)
+            self._records.set_state(record, Absent())
+            self._images.leave(held, record.key, "changed")
 
     def forget(self, path: str, revision: int) -> None:
-        """Let go of an adapter: now, or at the last ``unpin``. A load in flight is discarded."""
+        """Let go of an adapter and of all that is known of it: now, or at the last ``unpin``. A load in flight is
+        discarded."""
         with self._changed:
-            entry = self._entries.get((path, revision))
-            if entry is not None and entry.pins:
-                entry.forgotten = True
-            elif entry is not None:
-                self._remove(entry)
+            record = self._records.find((path, revision))
+            if record is None:
+                return
+            record.forgotten = True
+            if not record.pins:
+                self._remove(record)
 
-    def _remove(self, entry: _Entry) -> None:
-        del self._entries[entry.key]
-        if isinstance(entry.state, Ready):
-            identity = entry.state.image.identity
-            held = self._images[identity]
-            held.keys.remove(entry.key)
-            if not held.keys:
-                self._drop_image(identity)
+    def _remove(self, record: Record) -> None:
+        state, record.state = record.state, Absent()  # a thread that just has loaded it still knows the record
+        self._records.remove(record)
+        self._queue.discard(record.key)
+        if isinstance(state, Ready):
+            self._images.leave(self._held(state.image.identity), record.key, "forgotten")
         self._changed.notify_all()
 
-    def _drop_image(self, identity: str) -> None:
-        self.host_bytes -= self._images.pop(identity).num_bytes
-        self._changed.notify_all()
+    def take_changes(self) -> set[Key]:
+        """Registrations whose state has changed since the last call, those forgotten left out."""
+        with self._changed:
+            return self._records.take_changes()
+
+    def take_moves(self) -> set[str]:
+        """Contents whose image has come or gone since the last call."""
+        with self._changed:
+            moves, self._moves = self._moves, set()
+        return moves
+
+    def take_recent(self) -> list[float]:
+        """The seconds of each load that succeeded since the last call."""
+        with self._changed:
+            return self._times.take_recent()
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all images, those being laid out included, and those that have left but are still being read."""
+        with self._changed:
+            return self._images.num_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """That could be taken without any image going."""
+        with self._changed:
+            return self._images.free_bytes
 
     @property
     def stats(self) -> StoreStats:
         with self._changed:
             return StoreStats(
                 images=len(self._images),
-                host_bytes=self.host_bytes,
+                host_bytes=self._images.num_bytes,
                 byte_limit=self.byte_limit,
-                loading=sum(isinstance(entry.state, Loading) for entry in self._entries.values()),
+                loading=len(self._queue) + sum(self._records.is_current(record) for record in self._queue.running),
                 waiting_for_room=self._waiting,
                 hits=self._hits,
+                misses=self._misses,
                 loads=self._loads,
-                failures=self._failed,
-                evictions=self._evictions,
+                failures=self._failures,
+                evictions_by_reason=dict(self._images.evictions),
+                by_kind=self._images.by_kind,
             )
 
     def close(self) -> None:
-        """Stop the loader threads; files being read are read to their end. States stay as they are."""
+        """Stop the loader threads; files being read are read to their end. States stay as they are.
+
+        No copy from an image to a GPU may be under way.
+        """
+        self._threads.close()
+        self._slab.close()
+
+    def _wake(self) -> None:
         with self._changed:
-            self._closed = True
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
 
-    def _work(self) -> None:
-        while (entry := self._next_job()) is not None:
-            self._run(entry)
+    def _ready(self, key: Key) -> tuple[Record, HeldImage]:
+        record = self._records.find(key)
+        if record is None or not isinstance(record.state, Ready):
+            raise KeyError(f"{key} is not ready")
+        return record, self._held(record.state.image.identity)
 
-    def _next_job(self) -> _Entry | None:
-        """Wait for an entry to read, whose key no other thread is reading; None when the store closes."""
+    def _held(self, identity: str) -> HeldImage:
+        held = self._images.find(identity)
+        assert held is not None, f"{identity} is not here"
+        return held
+
+    def _worth(self, content: Content) -> float:
+        if self._rates is None:
+            return 0.0
+        seconds = self._times.seconds_of(content.identity, content.num_bytes)
+        return worth_of(seconds, self._rates.log_weight(content.identity), content.num_bytes)
+
+    def _note_gone(self, held: HeldImage, reason: str) -> None:
+        del reason
+        self._moves.add(held.content.identity)
+        for key in held.keys:
+            self._records.set_state(self._records.obtain(key), Absent())
+        self._changed.notify_all()
+
+    def _fail(self, record: Record, error: BaseException) -> None:
         with self._changed:
-            while not self._closed:
-                self._queue = deque(entry for entry in self._queue if self._is_current(entry))
-                entry = next((entry for entry in self._queue if entry.key not in self._running), None)
-                if entry is not None:
-                    self._queue.remove(entry)
-                    self._running.add(entry.key)
-                    return entry
-                self._changed.wait()
-        return None
-
-    def _is_current(self, entry: _Entry) -> bool:
-        """Whether nobody has forgotten the entry since."""
-        return self._entries.get(entry.key) is entry
-
-    def _run(self, entry: _Entry) -> None:
-        """Load one entry and tell; whatever goes wrong becomes its state."""
-        try:
-            self._load(entry)
-        except BaseException as error:
-            if not isinstance(error, AdapterFileError):
-                _log.exception("reading adapter %r failed", entry.key[0])
-            self._fail(entry, error)
-        with self._changed:
-            self._running.remove(entry.key)
-            self._changed.notify_all()
-        try:
-            if self._on_change is not None:
-                self._on_change()
-        except Exception:
-            _log.exception("on_change failed")
-
-    def _fail(self, entry: _Entry, error: BaseException) -> None:
-        # The frames of a traceback hold the file's bytes and tensors.
-        error.__traceback__ = error.__cause__ = error.__context__ = None
-        with self._changed:
-            self._failed += 1
-            entry.state = Failed(error, self._clock())
-            self._failures.append(entry)
-            if len(self._failures) > _MAX_FAILURES and self._is_current(oldest := self._failures.popleft()):
-                del self._entries[oldest.key]
-
-    def _load(self, entry: _Entry) -> None:
-        started = time.perf_counter()
-        spec = self._reader(entry.key[0])
-        num_bytes = self._image_bytes(spec)
-        with self._changed:
-            held = self._find_room(entry, spec.identity, num_bytes)
-            if held is None or held.image is not None:
-                self._publish(entry, held, spec, started)
+            self._failures += 1
+            if not self._records.is_current(record):
                 return
-        try:
-            image = build_image(spec, self._num_layers, self._page_elems, self._dtype, pin_memory=self._pin_memory)
-        except BaseException:
-            with self._changed:
-                self._drop_image(spec.identity)
-            raise
-        with self._changed:
-            held.image = image
-            self._publish(entry, held, spec, started)
-            if not held.keys:
-                self._drop_image(spec.identity)
+            record.failures += 1
+            now = self._clock()
+            self._records.set_state(record, Failed(error, now, now + self._back_off.pause(record.failures)))
 
-    def _image_bytes(self, spec: AdapterSpec) -> int:
-        pages = plan_layout(spec, self._num_layers, self._dtype).num_pages(self._page_elems)
-        num_bytes = self._num_layers * pages * self._page_elems * self._dtype.itemsize
-        num_bytes += spec.token_routes.num_bytes if spec.token_routes else 0
+    def _load(self, record: Record) -> None:
+        started = time.perf_counter()
+        spec = read_patiently(partial(self._reader, record.key[0]), self._sleep)
+        layout = plan_layout(spec, self._num_layers, self._dtype)
+        content, heap_bytes = self._content_of(spec, layout)
+        seconds = time.perf_counter() - started
+        with self._changed:
+            held = self._find_room(record, content, heap_bytes)
+            if held is None or held.image is not None:
+                self._publish(record, held, content, seconds)
+                return
+        started = time.perf_counter()
+        image = self._lay_out(spec, layout, held)
+        seconds += time.perf_counter() - started
+        with self._changed:
+            self._images.finish(held, image)
+            self._moves.add(spec.identity)
+            try:
+                self._publish(record, held, content, seconds)
+            finally:
+                self._images.drop_unshared(held, "forgotten")
+
+    def _content_of(self, spec: AdapterSpec, layout: ImageLayout) -> tuple[Content, int]:
+        """What was read, and the bytes that it takes beside its rows."""
+        pages = layout.num_pages(self._page_elems)
+        heap_bytes = spec.token_routes.num_bytes if spec.token_routes else 0
+        num_bytes = heap_bytes + self._num_layers * pages * self._slab.block_bytes
         if num_bytes > self.byte_limit:
             raise AdapterFileError(
                 f"the adapter takes {num_bytes} bytes in the host store, which may hold {self.byte_limit}", key="bytes"
             )
-        return num_bytes
+        return content_of(spec, self._num_layers, pages, num_bytes), heap_bytes
 
-    def _find_room(self, entry: _Entry, identity: str, num_bytes: int) -> _Held | None:
+    def _find_room(self, record: Record, content: Content, heap_bytes: int) -> HeldImage | None:
         """The room of an image: that of the same content once it is laid out, or new room, as soon as there is some.
 
-        None when the entry was forgotten or the store closes.
+        None when the registration was forgotten or the store closes.
         """
-        while self._is_current(entry) and not self._closed:
-            held = self._images.get(identity)
-            if held is None and self._make_room(num_bytes):
-                held = self._images[identity] = _Held(num_bytes)
-                self.host_bytes += num_bytes
-                return held
-            if held is not None and held.image is not None:
+        patient = True
+        while self._records.is_current(record) and not self._threads.closing.is_set():
+            _check_expected(record, content)
+            held = self._images.find(content.identity)
+            if held is None:
+                held = self._images.reserve(content, self._num_layers, heap_bytes, patient=patient)
+                if held is not None:
+                    return held
+            elif held.image is not None:
                 return held
             self._waiting += 1
-            self._changed.wait()
+            patient = self._changed.wait(_PATIENCE if patient else None)
             self._waiting -= 1
         return None
 
-    def _make_room(self, num_bytes: int) -> bool:
-        """Evict idle images, least recently used first, if that makes room for so many bytes; else evict none."""
-        idle = [identity for identity, held in self._images.items() if held.image is not None and not held.pins]
-        missing = self.host_bytes + num_bytes - self.byte_limit
-        if missing > sum(self._images[identity].num_bytes for identity in idle):
-            return False
-        while self.host_bytes + num_bytes > self.byte_limit:
-            self._evict(idle.pop(0))
-        return True
+    def _lay_out(self, spec: AdapterSpec, layout: ImageLayout, held: HeldImage) -> AdapterImage:
+        room = held.room
+        try:
+            return build_image(
+                spec, self._num_layers, self._page_elems, self._dtype, layout=layout, parts=room.parts, room=room
+            )
+        except BaseException:
+            with self._changed:
+                self._images.abandon(held)
+            self._wake()
+            raise
 
-    def _evict(self, identity: str) -> None:
-        for key in self._images[identity].keys:
-            del self._entries[key]
-        self._drop_image(identity)
-        self._evictions += 1
-
-    def _publish(self, entry: _Entry, held: _Held | None, spec: AdapterSpec, started: float) -> None:
-        if held is None or held.image is None or not self._is_current(entry):
+    def _publish(self, record: Record, held: HeldImage | None, content: Content, seconds: float) -> None:
+        if held is None or held.image is None or not self._records.is_current(record):
             return
-        held.keys.add(entry.key)
-        self._images.move_to_end(spec.identity)
+        _check_expected(record, content)
+        self._times.note(content.identity, content.num_bytes, seconds)
+        self._images.join(held, record.key)
         self._loads += 1
-        entry.state = Ready(
-            held.image,
-            spec.warnings,
-            spec.rank,
-            spec.targets,
-            time.perf_counter() - started,
-            spec.num_experts,
-            spec.routing.scope if spec.routing else None,
-        )
+        record.content, record.expected, record.failures = held.content, content.identity, 0
+        self._records.set_state(record, Ready(held.image, held.content, seconds))
         self._changed.notify_all()
 
     def check_integrity(self) -> None:
-        """AssertionError where bytes, pins, registrations and images disagree."""
+        """AssertionError where blocks, bytes, pins, registrations and images disagree."""
         with self._changed:
-            assert sum(held.num_bytes for held in self._images.values()) == self.host_bytes <= self.byte_limit
-            ready = [entry for entry in self._entries.values() if isinstance(entry.state, Ready)]
-            assert sum(len(held.keys) for held in self._images.values()) == len(ready)
-            assert sum(held.pins for held in self._images.values()) == sum(entry.pins for entry in ready)
-            for entry in self._entries.values():
-                self._check_entry(entry)
+            self._images.check_integrity()
+            self._records.check_integrity()
+            ready = [record for record in self._records if isinstance(record.state, Ready)]
+            assert sum(record.pins for record in ready) == self._images.num_pins
+            assert len(ready) == self._images.num_shares
+            for record in self._records:
+                self._check_record(record)
 
-    def _check_entry(self, entry: _Entry) -> None:
-        if isinstance(entry.state, Ready):
-            held = self._images[entry.state.image.identity]
-            assert entry.key in held.keys, "a registration shares an image that does not know it"
-            assert held.image is entry.state.image
-        else:
-            assert entry.pins == 0
-        if isinstance(entry.state, Loading):
-            assert entry in self._queue or entry.key in self._running or self._closed, "nobody will load this"
+    def _check_record(self, record: Record) -> None:
+        if isinstance(record.state, Ready):
+            held = self._held(record.state.image.identity)
+            assert record.key in held.keys, "a registration shares an image that does not know it"
+            assert held.image is record.state.image
+            assert record.content is held.content
+            assert held.pins >= record.pins >= 0
+        if isinstance(record.state, Loading):
+            assert self._queue.holds(record) or self._threads.closing.is_set(), "nobody will load this"
+
+
+def _check_expected(record: Record, content: Content) -> None:
+    if record.expected not in (None, content.identity):
+        raise AdapterChangedError(
+            "the files have changed since they were registered; load the adapter again to serve them"
+        )

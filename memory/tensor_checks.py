@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterable
 
 import torch
 
 from loraplex.memory.adapter_errors import AdapterFileError
-from loraplex.memory.serial_torch import SERIAL_ELEMENTS
 
+_INTEGERS = {
+    2: (torch.int16, "u2"),
+    4: (torch.int32, "u4"),
+    8: (torch.int64, "u8"),
+}  # by bytes, as torch and as numpy has them
+_FORMATS = {2: ("e", "H"), 4: ("f", "I"), 8: ("d", "Q")}  # as ``struct`` has them
+_BLOCK = 1 << 17  # elements, that stay in a core's cache for the second pass
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,18 +39,40 @@ def check_values(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> N
     if tensor.dtype not in FLOAT_DTYPES:
         name = str(tensor.dtype).removeprefix("torch.")
         raise AdapterFileError(f"{key}: dtype {name}, expected float16, bfloat16, float32 or float64", key=key)
-    extremes = _extremes(tensor)
-    if not extremes.isfinite().all():
+    largest = _value_of(_largest_bits(tensor), tensor.dtype)
+    if not math.isfinite(largest):
         raise AdapterFileError(f"{key}: holds NaN or infinite values, expected finite ones", key=key)
-    if dtype is not None and not extremes.to(dtype).isfinite().all():
+    if dtype is not None and dtype != tensor.dtype and not _fits(largest, dtype):
         raise AdapterFileError(
-            f"{key}: values up to {extremes.abs().max().item():.4g} do not fit the served model's {dtype}; its largest "
-            f"is {torch.finfo(dtype).max:.4g}",
+            f"{key}: values up to {largest:.4g} do not fit the served model's {dtype}; its largest is "
+            f"{torch.finfo(dtype).max:.4g}",
             key=key,
         )
 
 
-def _extremes(tensor: torch.Tensor) -> torch.Tensor:
-    """Smallest and largest values [2, n], by blocks; a NaN makes those of its block NaN."""
-    blocks = tensor.reshape(-1).split(SERIAL_ELEMENTS)
-    return torch.stack([torch.stack(torch.aminmax(block)) for block in blocks], dim=1)
+def _fits(value: float, dtype: torch.dtype) -> bool:
+    """Whether a value is finite in ``dtype``, rounded."""
+    return value <= torch.finfo(dtype).max or math.isfinite(torch.tensor(value, dtype=torch.float64).to(dtype).item())
+
+
+def _largest_bits(tensor: torch.Tensor) -> int:
+    """Those of the largest magnitude, without a sign; 0 where there is no value.
+
+    Without their signs floating-point numbers are in the order of their bits as integers, with infinity and the NaNs
+    behind all others. As signed integers the positive ones are, as unsigned ones the negative ones behind them.
+    """
+    signed, unsigned = _INTEGERS[tensor.dtype.itemsize]
+    bits = tensor.reshape(-1).view(signed).numpy()
+    largest, mask = 0, torch.iinfo(signed).max
+    for start in range(0, len(bits), _BLOCK):
+        block = bits[start : start + _BLOCK]
+        largest = max(largest, int(block.max()), int(block.view(unsigned).max()) & mask)
+    return largest
+
+
+def _value_of(bits: int, dtype: torch.dtype) -> float:
+    """The number that has these bits."""
+    if dtype == torch.bfloat16:
+        bits, dtype = bits << 16, torch.float32
+    number, integer = _FORMATS[dtype.itemsize]
+    return float(struct.unpack(number, struct.pack(integer, bits))[0])

@@ -7,15 +7,18 @@ import io
 import os
 import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from loraplex.memory.adapter_errors import AdapterFileError, shown
+from loraplex.memory.adapter_errors import AdapterFileError, TransientReadError, may_pass, shown
+from loraplex.memory.file_hash import FileHash
+from loraplex.memory.safetensors_header import unpack_safetensors
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
@@ -27,6 +30,7 @@ _CONVERSION = (
     "t = torch.load('adapter_model.bin', map_location='cpu', weights_only=True); "
     "s.save_file({k: v.contiguous() for k, v in t.items()}, 'adapter_model.safetensors')\""
 )
+_READ_BYTES = 1 << 20  # at once; hashed while the next are read
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -36,13 +40,18 @@ class TensorFile:
 
     Attributes:
         name: of the file within its folder.
-        digest: SHA-256 over its bytes.
-        tensors: by key, on the host, as stored.
+        tensors: by key, on the host, as stored; views of the file's bytes.
+        hashing: of those bytes; may be under way.
     """
 
     name: str
-    digest: bytes
     tensors: Mapping[str, torch.Tensor]
+    hashing: FileHash
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 over the file's bytes."""
+        return self.hashing.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +72,48 @@ class TensorListing:
 
 
 def read_regular_file(folder: Path, name: str, max_bytes: int | None) -> bytes:
-    """The bytes of a file; AdapterFileError if it is absent, no regular file, too large, or changes meanwhile."""
+    """The bytes of a file; AdapterFileError if it is absent, no regular file, too large, or changes meanwhile.
+
+    TransientReadError where another try may succeed.
+    """
+    with _opened(folder, name, max_bytes) as (file, size):
+        data = file.read(size)
+        _check_size(name, len(data), size)
+    return data
+
+
+def _read_hashed(folder: Path, name: str, max_bytes: int | None) -> tuple[torch.Tensor, FileHash]:
+    """The bytes of a file, [n] uint8, and their hash, which is taken while they are read; errors likewise."""
+    with _opened(folder, name, max_bytes) as (file, size):
+        data = torch.empty(size, dtype=torch.uint8)
+        view = data.numpy().data
+        with FileHash(view) as hashing:
+            done = 0
+            while done < size and (count := file.readinto(view[done : done + _READ_BYTES])):
+                done += count
+                hashing.extend_to(done)
+        _check_size(name, done, size)
+    return data, hashing
+
+
+@contextmanager
+def _opened(folder: Path, name: str, max_bytes: int | None) -> Iterator[tuple[FileIO, int]]:
+    """A file of accepted size, and that size."""
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
             status = os.fstat(descriptor)
             _check_regular(name, status, max_bytes)
-            data = file.read(status.st_size)
+            yield file, status.st_size
     except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{name}: cannot be read: {_reason(error)}", key=name) from error
-    if len(data) != status.st_size:
-        raise AdapterFileError(f"{name}: changed while it was being read", key=name)
-    return data
+        kind = TransientReadError if may_pass(error) else AdapterFileError
+        raise kind(f"{name}: cannot be read: {_reason(error)}", key=name) from error
+
+
+def _check_size(name: str, read: int, expected: int) -> None:
+    if read != expected:
+        raise TransientReadError(f"{name}: changed while it was being read", key=name)
 
 
 def _check_regular(name: str, status: os.stat_result, max_bytes: int | None) -> None:
@@ -110,12 +148,12 @@ def read_tensor_file(folder: Path, *, allow_bin: bool, max_bytes: int | None) ->
     """
     name = tensor_file_name(folder, allow_bin=allow_bin)
     if name == BIN_NAME:
-        data = read_regular_file(folder, name, min(max_bytes or BIN_MAX_BYTES, BIN_MAX_BYTES))
-        tensors = _unpack_bin(data)
+        data, hashing = _read_hashed(folder, name, min(max_bytes or BIN_MAX_BYTES, BIN_MAX_BYTES))
+        tensors = _unpack_bin(data.numpy().tobytes())
     else:
-        data = read_regular_file(folder, name, max_bytes)
+        data, hashing = _read_hashed(folder, name, max_bytes)
         tensors = _unpack_safetensors(data)
-    return TensorFile(name, hashlib.sha256(data).digest(), tensors)
+    return TensorFile(name, tensors, hashing)
 
 
 def tensor_file_digest(folder: Path, *, allow_bin: bool) -> bytes:
@@ -128,13 +166,10 @@ def tensor_file_digest(folder: Path, *, allow_bin: bool) -> bytes:
         raise AdapterFileError(f"{name}: cannot be read: {_reason(error)}", key=name) from error
 
 
-def _unpack_safetensors(data: bytes) -> dict[str, torch.Tensor]:
+def _unpack_safetensors(data: torch.Tensor) -> dict[str, torch.Tensor]:
     try:
-        return safetensors.torch.load(data)
-    except MemoryError:
-        raise
-    except Exception as error:
-        # The library raises its own error, KeyError or ValueError, by what is wrong with the header.
+        return unpack_safetensors(data)
+    except (ValueError, RuntimeError) as error:
         raise _corrupt(SAFETENSORS_NAME, error) from error
 
 

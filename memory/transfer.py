@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.copy_stream import CopyEvent, CopyStream, CudaCopyStream
 
 _MAX_SLICES = 8
-"""Up to so many runs of pages are copied as slices; with more of them one scatter is quicker."""
+"""Up to so many runs of pages are copied as slices on a GPU; with more of them one scatter is quicker there."""
 
 COPY_BYTES = 512 << 10
 """Bytes of one copy to a GPU at least, on average, where the image is that large. A PCIe link of 25 to 50 GB/s takes
@@ -131,13 +131,12 @@ class AdapterTransfer:
         """Copy an image into pages of the arena, or begin to.
 
         Args:
-            image: ``data [num_layers, n, page_elems]`` on the host, contiguous. It is kept until it has arrived,
-                whoever lets go of it.
+            image: of n pages, on the host. It is kept until it has arrived, whoever lets go of it.
             pages: the n pages, distinct; page ``i`` of the image goes to ``pages[i]`` in every layer.
 
         Errors: ValueError where the shapes, the dtypes or the number of pages do not fit.
         """
-        _check(image.data, self._arena, pages)
+        _check(image, self._arena, pages)
         self.collect()
         if self._stream is None or not pages:
             started = time.perf_counter()
@@ -153,51 +152,62 @@ class AdapterTransfer:
         self._under_way = [arrival for arrival in self._under_way if not arrival.is_complete()]
 
     def _queue(self, stream: CopyStream, image: AdapterImage, pages: list[int]) -> Arrival:
-        layers = image.data.shape[0]
-        layer_bytes = image.data[0].nbytes
+        layer_bytes = image.layer(0).nbytes
         runs = _runs(pages)
         as_slices = layer_bytes >= COPY_BYTES * len(runs)
-        step = 1 if as_slices else min(layers, -(-COPY_BYTES // layer_bytes))
+        step = 1 if as_slices else -(-COPY_BYTES // layer_bytes)
         index = None if as_slices else stream.index(pages)
         stream.follow()
         begun = stream.record(timed=True)
-        events = []
-        for first in range(0, layers, step):
-            stop = min(first + step, layers)
+        events: list[CopyEvent] = []
+        part_of_layer: list[int] = []
+        for first, data in _portions(image, step):
+            target = self._arena[first : first + data.shape[0]]
             if index is None:
-                stream.copy(_slices(image.data[first], self._arena[first], pages, runs))
+                stream.copy(_slices(data[0], target[0], pages, runs))
             else:
-                stream.scatter(self._arena[first:stop], index, image.data[first:stop])
-            events.append(stream.record(timed=stop == layers))
-        return Arrival(_UnderWay(image, [layer // step for layer in range(layers)], events, begun, self._stats))
+                stream.scatter(target, index, data)
+            part_of_layer += [len(events)] * data.shape[0]
+            events.append(stream.record(timed=len(part_of_layer) == image.num_layers))
+        return Arrival(_UnderWay(image, part_of_layer, events, begun, self._stats))
+
+
+def _portions(image: AdapterImage, step: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """An image's layers by up to ``step`` that follow one another in memory: the first layer, and their rows."""
+    first = 0
+    for part in image.parts:
+        for data in part.split(step):
+            yield first, data
+            first += data.shape[0]
 
 
 def page_in(image: AdapterImage, arena: torch.Tensor, pages: list[int]) -> None:
-    """Copy an image into pages of the arena: one copy to its device and one scatter.
+    """Copy an image into pages of the arena: for each of its parts one copy to the device and one scatter.
 
     Args:
-        image: ``data [num_layers, n, page_elems]`` on the host.
+        image: of n pages, on the host.
         arena: [num_layers, num_pages, page_elems], same dtype, on any device.
         pages: the n pages, distinct; page ``i`` of the image goes to ``pages[i]`` in every layer. Ascending runs are
             copied as slices.
 
-    On CUDA, from a pinned image, the copy is queued on the current stream and the call returns before it is done.
+    On CUDA, from pinned memory, the copies are queued on the current stream and the call returns before they are done.
     Errors: ValueError where the shapes, the dtypes or the number of pages do not fit.
     """
-    _check(image.data, arena, pages)
-    data = image.data.to(arena.device, non_blocking=True)
+    _check(image, arena, pages)
     runs = _runs(pages)
-    if len(runs) > _MAX_SLICES:
-        arena.index_copy_(1, torch.tensor(pages, device=arena.device), data)
-        return
-    for start, stop in runs:
-        first = pages[start]
-        arena[:, first : first + stop - start].copy_(data[:, start:stop])
+    for first, rows in _portions(image, image.num_layers):
+        target = arena[first : first + rows.shape[0]]
+        data = rows.to(arena.device, non_blocking=True)
+        if len(runs) > _MAX_SLICES and arena.is_cuda:
+            target.index_copy_(1, torch.tensor(pages, device=arena.device), data)
+        else:
+            for start, stop in runs:
+                target[:, pages[start] : pages[start] + stop - start].copy_(data[:, start:stop])
 
 
 def _count(stats: TransferStats, image: AdapterImage, seconds: float) -> None:
     stats.adapters += 1
-    stats.num_bytes += image.data.nbytes
+    stats.num_bytes += sum(part.nbytes for part in image.parts)
     stats.seconds += seconds
     stats.recent.append(seconds)
 
@@ -209,11 +219,12 @@ def _slices(
     return [(layer[pages[start] : pages[start] + stop - start], data[start:stop]) for start, stop in runs]
 
 
-def _check(data: torch.Tensor, arena: torch.Tensor, pages: list[int]) -> None:
-    layers, count, elems = data.shape
-    if (layers, elems, data.dtype) != (arena.shape[0], arena.shape[2], arena.dtype):
+def _check(image: AdapterImage, arena: torch.Tensor, pages: list[int]) -> None:
+    dtype, (_, count, elems) = image.parts[0].dtype, image.parts[0].shape
+    if (image.num_layers, elems, dtype) != (arena.shape[0], arena.shape[2], arena.dtype):
         raise ValueError(
-            f"an image {tuple(data.shape)} of {data.dtype} does not fit an arena {tuple(arena.shape)} of {arena.dtype}"
+            f"an image of {image.num_layers} layers and {elems} elements a page, {dtype}, does not fit an arena "
+            f"{tuple(arena.shape)} of {arena.dtype}"
         )
     if len(pages) != count:
         raise ValueError(f"{len(pages)} pages for an image of {count}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ class WatchedImage(AdapterImage):
 
 def image_of(num_pages: int, *, layers: int = LAYERS, elems: int = ELEMS) -> WatchedImage:
     layout = ImageLayout(({},), (MixtureLayout(),), (0,) * layers, {}, num_pages)
-    return WatchedImage("identity", "lora", layout, torch.randn(layers, num_pages, elems))
+    return WatchedImage("identity", "lora", layout, (torch.randn(layers, num_pages, elems),))
 
 
 @dataclass
@@ -162,6 +163,14 @@ def copies_of(num_bytes: int) -> Any:
         yield
 
 
+def split(image: WatchedImage, cuts: set[int]) -> WatchedImage:
+    """The same image in parts that begin at these layers."""
+    bounds = [0, *sorted(cuts), image.num_layers]
+    parts = tuple(image.data[a:b].clone() for a, b in pairwise(bounds))
+    return WatchedImage(image.identity, image.kind, image.layout, parts)
+
+
+part_cuts = st.sets(st.integers(1, LAYERS - 1))
 page_lists = st.lists(st.integers(0, PAGES - 1), unique=True, min_size=1) | st.builds(
     lambda first, count: list(range(first, min(first + count, PAGES))), st.integers(0, PAGES - 1), st.integers(1, PAGES)
 )
@@ -169,12 +178,16 @@ page_lists = st.lists(st.integers(0, PAGES - 1), unique=True, min_size=1) | st.b
 
 @settings(deadline=None, max_examples=150)
 @given(
-    pages=page_lists, copy_pages=st.integers(1, 60), seed=st.integers(0, 2**32), order=st.permutations(range(LAYERS))
+    pages=page_lists,
+    cuts=part_cuts,
+    copy_pages=st.integers(1, 60),
+    seed=st.integers(0, 2**32),
+    order=st.permutations(range(LAYERS)),
 )
 def test_a_reader_that_waits_for_a_layer_sees_it_in_every_order(
-    pages: list[int], copy_pages: int, seed: int, order: list[int]
+    pages: list[int], cuts: set[int], copy_pages: int, seed: int, order: list[int]
 ) -> None:
-    bench, image = Bench(), image_of(len(pages))
+    bench, image = Bench(), split(image_of(len(pages)), cuts)
     with copies_of(copy_pages * PAGE_BYTES):
         arrival = bench.transfer.page_in(image, pages)
     random_ = random.Random(seed)
@@ -241,6 +254,14 @@ def test_scattered_pages_are_staged_by_layers_until_a_copy_is_large_enough() -> 
     bench.transfer.page_in(image_of(2, layers=5), [9, 3])
     two, one = f"scatter {4 * PAGE_BYTES}", f"scatter {2 * PAGE_BYTES}"
     assert bench.device.queued == ["wait 0", "event 1", two, "event 2", two, "event 3", one, "event 4"]
+
+
+@pytest.mark.usefixtures("small_copies")
+def test_no_copy_goes_over_the_end_of_a_part() -> None:
+    bench = Bench(layers=5)
+    bench.transfer.page_in(split(image_of(2, layers=5), {1, 4}), [9, 3])
+    two, one = f"scatter {4 * PAGE_BYTES}", f"scatter {2 * PAGE_BYTES}"
+    assert [name for name in bench.device.queued if name.startswith("scatter")] == [one, two, one, one]
 
 
 @pytest.mark.usefixtures("small_copies")

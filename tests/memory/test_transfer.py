@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,16 +17,21 @@ LAYERS, PAGES, ELEMS = 3, 40, 128
 
 def image_of(num_pages: int, *, elems: int = ELEMS, dtype: torch.dtype = torch.float32) -> AdapterImage:
     layout = ImageLayout(({},), (MixtureLayout(),), (0,) * LAYERS, {}, num_pages)
-    return AdapterImage("identity", "lora", layout, torch.randn(LAYERS, num_pages, elems).to(dtype))
+    return AdapterImage("identity", "lora", layout, (torch.randn(LAYERS, num_pages, elems).to(dtype),))
+
+
+def split(image: AdapterImage, *counts: int) -> AdapterImage:
+    """The same image in parts of so many layers."""
+    return replace(image, parts=tuple(part.clone() for part in image.data.split(counts)))
 
 
 def poisoned_arena() -> torch.Tensor:
     return torch.full((LAYERS, PAGES, ELEMS), float("nan"))
 
 
-def assert_paged_in(pages: list[int]) -> None:
+def assert_paged_in(pages: list[int], *counts: int) -> None:
     image, arena = image_of(len(pages)), poisoned_arena()
-    page_in(image, arena, pages)
+    page_in(split(image, *counts) if counts else image, arena, pages)
     assert torch.equal(arena[:, pages], image.data)
     others = [page for page in range(PAGES) if page not in pages]
     assert arena[:, others].isnan().all()
@@ -47,6 +54,22 @@ def test_runs_of_pages_receive_the_image(starts, length):
 )
 def test_edge_cases_receive_the_image(pages):
     assert_paged_in(pages)
+
+
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1), (1, 1, 1)])
+@pytest.mark.parametrize("pages", [list(range(5)), list(range(0, PAGES, 2))])
+def test_images_in_several_parts_arrive_whole(pages, counts):
+    assert_paged_in(pages, *counts)
+
+
+def test_an_image_in_parts_is_that_of_one():
+    image = image_of(2)
+    parts = split(image, 2, 1)
+    assert (parts.num_layers, parts.num_pages, parts.num_bytes) == (3, 2, image.num_bytes)
+    assert torch.equal(parts.data, image.data)
+    assert all(torch.equal(parts.layer(layer), image.layer(layer)) for layer in range(3))
+    with pytest.raises(IndexError):
+        parts.layer(3)
 
 
 def test_a_wrong_number_of_pages_is_refused():
