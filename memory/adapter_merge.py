@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,17 @@ KEY = "merged_adapters"
 """What errors name; the folders of the sources are no concern of who asks for a merge."""
 
 
-def read_source(path: Path | str, shape: BaseShape, **options: Any) -> AdapterSpec:
-    """Read an adapter folder, or read and merge what a recipe names; arguments and errors as in ``read_adapter``."""
+def read_source(
+    path: Path | str, shape: BaseShape, *, read: Callable[..., AdapterSpec] = read_adapter, **options: Any
+) -> AdapterSpec:
+    """Read an adapter, or read and merge what a recipe names; arguments and errors as in ``read_adapter``.
+
+    ``read`` reads one adapter, by default from its folder.
+    """
     if not str(path).startswith(PREFIX):
-        return read_adapter(path, shape, **options)
+        return read(path, shape, **options)
     recipe = MergeRecipe.parse(str(path))
-    merged = merge_specs([read_adapter(source.path, shape, **options) for source in recipe.sources], recipe)
+    merged = merge_specs([read(source.path, shape, **options) for source in recipe.sources], recipe)
     for pair in merged.pairs:
         for half, tensor in (("A", pair.a), ("B", pair.b)):
             check_values(f"merged lora_{half} of {_shown((pair.layer, pair.site))}", tensor, options.get("dtype"))

@@ -17,7 +17,10 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "clients": {"clients"},
 }
-THIRD_PARTY = {"memory": {"torch", "safetensors", "psutil"}, "kernels": {"torch", "numpy", "triton"}}
+THIRD_PARTY = {
+    "memory": {"torch", "safetensors", "psutil", "huggingface_hub", "obstore"},
+    "kernels": {"torch", "numpy", "triton"},
+}
 WITHOUT_TORCH = (
     "server/scheduler.py",
     "server/admission.py",
