@@ -1,4 +1,4 @@
-"""What the scheduler asks the host store of adapters."""
+"""What the scheduler asks the tiers below the pool."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AdapterLoading:
 
 @dataclass(frozen=True, slots=True)
 class AdapterReady:
-    """The adapter's image is in the host store.
+    """The adapter is in the pool, or its image is in the host store.
 
     Attributes:
         identity: of its content.
@@ -25,6 +25,7 @@ class AdapterReady:
         invocation: tokens from whose last occurrence in the prompt on it acts; empty where it acts on every token.
         mix_problem: why it cannot be part of a mix, as the end of a sentence; None where it can.
         routes_by_token: whether its experts depend on the ids of tokens, which must then be known.
+        changes_kv: whether K/V under it may differ from the base model's.
     """
 
     identity: str
@@ -32,6 +33,7 @@ class AdapterReady:
     invocation: tuple[int, ...] = ()
     mix_problem: str | None = None
     routes_by_token: bool = False
+    changes_kv: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +50,16 @@ class AdapterDirectory(Protocol):
     """The host store of adapters, as the scheduler needs it. No call may block."""
 
     def lookup(self, ref: AdapterRef) -> AdapterStatus:
-        """How far the adapter is; an absent one starts to load."""
+        """How far the adapter is; one that is neither in the pool nor on the host starts to load."""
+
+    def is_at_hand(self, ref: AdapterRef) -> bool:
+        """Whether a lookup would find the adapter without loading it."""
 
     def hold(self, ref: AdapterRef) -> None:
-        """Keep the adapter's image on the host from when it is read until ``release_hold``.
+        """Keep the adapter's image on the host, from when a lookup finds it there until ``release_hold``; counted.
 
-        Counted. Each request holds each of its adapters once, from just before its first lookup until its last choice
-        has given up its pages, preemptions included.
+        Each sequence that waits holds each of its adapters from just before its first lookup until it is let in or
+        ends. What is copied into the pool is held until it has arrived.
         """
 
     def release_hold(self, ref: AdapterRef) -> None:

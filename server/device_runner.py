@@ -82,8 +82,7 @@ class DeviceRunner:
         self._expert_counts = expert_counts
         self._resident: dict[str, ResidentAdapter] = {}
         self._model_sites: frozenset[str] = frozenset()
-        self._arriving: list[Arrival] = []
-        self._arrived: list[Arrival] = []
+        self._arrivals: dict[str, Arrival] = {}
         self._ring = HostRing(machine.device)
         self._programs: dict[Capacities, StepProgram] = {}
         self._last: tuple[tuple[int, frozenset[str]], StepProgram] | None = None
@@ -108,7 +107,7 @@ class DeviceRunner:
 
     def page_in(self, image: AdapterImage, pages: list[int]) -> None:
         """Begin to copy an adapter into its pages; from now on chunks may name it."""
-        self._arriving.append(self._transfer.page_in(image, pages))
+        self._arrivals[image.identity] = self._transfer.page_in(image, pages)
         num_layers, num_pages, page_elems = self._machine.arena.shape
         adapter = ResidentAdapter(
             image.layout, pages, page_elems // 128, num_layers, num_pages, image.routing, image.token_routes
@@ -121,20 +120,31 @@ class DeviceRunner:
         self._resident[image.identity] = adapter
         self._model_sites |= frozenset(image.layout.model)
 
-    def keep_only(self, identities: Iterable[str]) -> None:
-        """Forget adapters that left the pool."""
-        kept = set(identities)
-        for identity in [i for i in self._resident if i not in kept]:
-            self._machine.table.remove(self._resident.pop(identity))
-        if not kept:  # after a failure
-            self._batches.forget_all()
-            self._settle()
+    def has_arrived(self, identity: str) -> bool:
+        """Whether the copy of an adapter that was paged in is over; never waits."""
+        arrival = self._arrivals.get(identity)
+        if arrival is None or arrival.is_complete():
+            self._arrivals.pop(identity, None)
+            return True
+        return False
 
-    def _settle(self) -> None:
-        """Wait until nothing is under way. RuntimeError where the device can be used no more."""
+    def forget(self, identities: Iterable[str]) -> None:
+        """Adapters have left the pool; unknown ones are ignored."""
+        for identity in identities:
+            adapter = self._resident.pop(identity, None)
+            if adapter is not None:
+                self._machine.table.remove(adapter)
+
+    def forget_all(self) -> None:
+        """Whatever was in the pool is in doubt: wait until nothing is under way, and forget it.
+
+        Errors: RuntimeError where the device can be used no more.
+        """
+        self.forget(list(self._resident))
+        self._batches.forget_all()
         if self._is_cuda:
             torch.cuda.synchronize(self._machine.device)
-        self._arriving, self._arrived = [], []
+        self._arrivals.clear()
         self._transfer.collect()
 
     def launch(self, chunks: list[Chunk]) -> PendingStep:
@@ -143,9 +153,8 @@ class DeviceRunner:
             return FinishedStep(StepResult())
         batch = self._batches.make(chunks, self._resident)
         with torch.inference_mode():
-            self._await_arrivals()
             choices = ChoiceLog() if batch.log is not None else None
-            logits = self._forward(batch, choices)
+            logits = self._forward(batch, self._arriving(chunks), choices)
             results = read_logits(logits, batch.chunks, batch.logit_rows)
             if results.sampled is not None:
                 self._machine.sampled[: len(results.sequences)].copy_(results.sampled.tokens)
@@ -159,24 +168,24 @@ class DeviceRunner:
         identities = {adapter: identity for identity, adapter in self._resident.items()} if choices is not None else {}
         return _Launched(batch, choices, results, done, identities, self._expert_counts)
 
-    def _await_arrivals(self) -> None:
-        """Adapters of earlier steps must be there; those of this one may still be on their way."""
+    def _arriving(self, chunks: list[Chunk]) -> list[Arrival]:
+        """The adapters of a step that may still be on their way; for others nobody waits."""
         self._transfer.collect()
-        for arrival in self._arrived:
-            arrival.wait_all()
-        self._arrived = [arrival for arrival in self._arriving if not arrival.is_complete()]
-        self._arriving = []
+        if not self._arrivals:
+            return []
+        named = {identity for chunk in chunks for identity, _ in chunk.adapters}
+        return [self._arrivals[identity] for identity in sorted(named) if not self.has_arrived(identity)]
 
-    def _forward(self, batch: DeviceBatch, choices: ChoiceLog | None) -> torch.Tensor:
+    def _forward(self, batch: DeviceBatch, arriving: list[Arrival], choices: ChoiceLog | None) -> torch.Tensor:
         """[logit rows, vocabulary] float32."""
-        if self._has_bucket(batch) and not self._arrived and choices is None:
+        if self._has_bucket(batch) and not arriving and choices is None:
             program = self._bucket_program(batch)
             program.send(batch, self._ring)
             return self._run(program)[: batch.num_logits]
         capacities = exact_capacities(batch, self._model_sites, self._machine.table.generation)
         program = StepProgram(capacities, self._machine, self._flashinfer)
         program.send(batch, self._ring)
-        return program.run(batch, self._arrived, choices)
+        return program.run(batch, arriving, choices)
 
     def _has_bucket(self, batch: DeviceBatch) -> bool:
         if batch.only_decodes:

@@ -9,7 +9,7 @@ while the host prepares; two steps are in flight at most.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,29 +18,37 @@ import structlog
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.adapter_store import AdapterStore
+from loraplex.memory.disk_cache import DiskCache, DiskCacheStats
 from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
+from loraplex.memory.store_states import StoreStats
 from loraplex.memory.transfer import TransferStats
-from loraplex.server.adapter_directory import AdapterFailed, AdapterReady
+from loraplex.server.adapter_calls import AdapterCalls
+from loraplex.server.adapter_reports import AdapterReports
 from loraplex.server.errors import EngineError, LoraplexError
 from loraplex.server.host_directory import HostDirectory
 from loraplex.server.messages import (
     Abort,
-    CallDone,
-    CallFailed,
+    AdapterTier,
     Command,
     EngineInfo,
     EngineStats,
     ErrorInfo,
     Event,
     Generate,
-    ListAdapters,
     LoadAdapter,
     OutputBatch,
+    PinAdapter,
+    PrefetchAdapter,
     RequestFailed,
+    RestoreAdapters,
+    TierCount,
+    TierLoad,
     TokenOutput,
     UnloadAdapter,
 )
+from loraplex.server.prefetch_history import HistoryPrefetch
+from loraplex.server.rebuild_costs import RebuildCosts
 from loraplex.server.scheduler import Scheduler
 from loraplex.server.step_plan import Chunk, PendingStep, StepPlan
 
@@ -65,8 +73,14 @@ class StepRunner(Protocol):
     def page_in(self, image: AdapterImage, pages: list[int]) -> None:
         """Copy an adapter into its pages, or begin to; from now on chunks may name it."""
 
-    def keep_only(self, identities: Iterable[str]) -> None:
-        """Forget adapters that left the pool."""
+    def has_arrived(self, identity: str) -> bool:
+        """Whether the copy of an adapter that was paged in is over; never waits."""
+
+    def forget(self, identities: Iterable[str]) -> None:
+        """Adapters have left the pool; unknown ones are ignored."""
+
+    def forget_all(self) -> None:
+        """Whatever was in the pool is in doubt, and whatever was under way is not wanted."""
 
     def launch(self, chunks: list[Chunk]) -> PendingStep:
         """Start one forward pass over the chunks, behind all that was started before."""
@@ -84,6 +98,11 @@ class EngineParts:
     directory: HostDirectory
     scheduler: Scheduler
     runner: StepRunner
+    calls: AdapterCalls
+    reports: AdapterReports
+    costs: RebuildCosts
+    history: HistoryPrefetch | None
+    cache: DiskCache | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +126,6 @@ class Engine:
         self._parts = parts
         self._events: list[Event] = []
         self._failed: list[RequestFailed] = []
-        self._loads: list[LoadAdapter] = []
         self._stats_interval = stats_interval
         self._stats_at = 0.0
         self._last_stats: EngineStats | None = None
@@ -115,7 +133,7 @@ class Engine:
         self._steps = 0
         self._completed_at = 0.0
         self._step_seconds: list[float] = []
-        self._load_seconds: list[float] = []
+        self._tier_loads: list[TierLoad] = []
 
     @property
     def info(self) -> EngineInfo:
@@ -125,12 +143,15 @@ class Engine:
     def is_runnable(self) -> bool:
         """Whether a step would get on: one is in flight, or something runs, or waits for more than a load."""
         scheduler = self._parts.scheduler
-        return self._in_flight is not None or scheduler.num_running > 0 or scheduler.num_ready > 0
+        is_busy = self._in_flight is not None or len(scheduler.page_ins) > 0
+        return is_busy or scheduler.num_running > 0 or scheduler.num_ready > 0
 
     @property
     def has_work(self) -> bool:
         """Whether any request or call is open, or a step in flight."""
-        return self._parts.scheduler.has_work or self._in_flight is not None or bool(self._loads)
+        parts = self._parts
+        is_busy = parts.scheduler.has_work or self._in_flight is not None or len(parts.scheduler.page_ins) > 0
+        return is_busy or parts.calls.has_work or parts.scheduler.prefetcher.has_work
 
     def handle(self, command: Command) -> None:
         """Take a command in. Errors become events."""
@@ -139,15 +160,8 @@ class Engine:
                 self._generate(command)
             case Abort(request_id=request_id, index=index):
                 self._parts.scheduler.abort(request_id, index)
-            case LoadAdapter():
-                self._parts.directory.hold(command.adapter)
-                self._loads.append(command)
-            case UnloadAdapter(call_id=call_id, adapter=adapter):
-                self._parts.directory.forget(adapter)
-                self._events.append(CallDone(call_id=call_id))
-            case ListAdapters(call_id=call_id):
-                adapters = self._parts.directory.infos(self._parts.scheduler.running_by_adapter)
-                self._events.append(CallDone(call_id=call_id, adapters=adapters))
+            case LoadAdapter() | UnloadAdapter() | PrefetchAdapter() | PinAdapter() | RestoreAdapters():
+                self._answer(self._parts.calls.handle(command))
             case _:
                 raise AssertionError(f"no command for the engine: {command}")
 
@@ -157,9 +171,19 @@ class Engine:
         except LoraplexError as error:
             self._failed.append(RequestFailed(request_id=command.request_id, error=ErrorInfo.of(error)))
 
+    def _answer(self, answers: list[Event]) -> None:
+        """Whoever made a call should find its effect when the answer is there."""
+        if answers:
+            self._append_states()
+            self._events += answers
+
     def step(self) -> list[Event]:
         """Make one step, if anything is runnable, and return all that there is to say since the last call."""
-        self._poll_loads()
+        self._note_arrivals()
+        self._follow_tiers()
+        self._answer(self._parts.calls.poll())
+        if self._parts.history is not None and self._parts.scheduler.num_waiting == 0:
+            self._parts.history.poll()
         outputs: list[TokenOutput] = []
         try:
             self._run_step(outputs)
@@ -192,7 +216,11 @@ class Engine:
         started = time.perf_counter()
         plan = self._parts.scheduler.schedule()
         self._failed += plan.failed
-        return _Launched(plan, self._launch(plan), started) if plan.chunks else None
+        self._page_in(plan)
+        if not plan.chunks:
+            self._note_arrivals()
+            return None
+        return _Launched(plan, self._parts.runner.launch(plan.chunks), started)
 
     def _complete(self, outputs: list[TokenOutput]) -> None:
         """Wait for the step in flight and add what it has to say."""
@@ -203,68 +231,64 @@ class Engine:
         now = time.perf_counter()
         self._steps += 1
         # Of a step that was launched while another one ran, the time in which it had the device to itself.
-        self._step_seconds.append(now - max(step.started, self._completed_at))
+        seconds = now - max(step.started, self._completed_at)
+        self._step_seconds.append(seconds)
+        self._parts.costs.note_step(step.plan.num_tokens, seconds)
         self._completed_at = now
+        self._note_arrivals()
 
     def _distrust_pool(self) -> None:
         """After a step that failed half-way anything in the pool may be half written: it is all made afresh."""
         for identity in self._parts.adapters.resident:
             self._parts.adapters.drop(identity)
         self._parts.kv.prefixes.clear()
-        self._parts.runner.keep_only(())
+        self._parts.runner.forget_all()
 
-    def _launch(self, plan: StepPlan) -> PendingStep:
+    def _page_in(self, plan: StepPlan) -> None:
         if plan.page_ins:
-            self._parts.runner.keep_only(self._parts.adapters.resident)
+            self._follow_tiers()
         for page_in in plan.page_ins:
             self._parts.runner.page_in(self._parts.directory.image(page_in.ref), page_in.pages)
-        return self._parts.runner.launch(plan.chunks)
 
-    def _poll_loads(self) -> None:
-        """Answer the calls whose adapters have been read or have failed."""
-        still: list[LoadAdapter] = []
-        for call in self._loads:
-            match self._parts.directory.lookup(call.adapter):
-                case AdapterReady(num_pages=num_pages):
-                    self._answer_load(call, num_pages)
-                case AdapterFailed(error):
-                    self._end_load(call, error)
-                case _:
-                    still.append(call)
-        self._loads = still
+    def _follow_tiers(self) -> None:
+        self._parts.runner.forget(self._parts.reports.follow())
 
-    def _answer_load(self, call: LoadAdapter, num_pages: int) -> None:
-        directory = self._parts.directory
-        try:
-            directory.check_size(call.adapter, num_pages)
-        except LoraplexError as error:
-            self._end_load(call, error)
-            return
-        info = directory.info(call.adapter)
-        directory.release_hold(call.adapter)
-        self._events.append(CallDone(call_id=call.call_id, adapter=info))
+    def _note_arrivals(self) -> None:
+        """Let go of what copies that are over have kept."""
+        page_ins = self._parts.scheduler.page_ins
+        for identity in page_ins.under_way:
+            if self._parts.runner.has_arrived(identity):
+                page_ins.end(identity)
 
-    def _end_load(self, call: LoadAdapter, error: LoraplexError) -> None:
-        self._parts.directory.release_hold(call.adapter)
-        self._parts.directory.forget(call.adapter)
-        self._events.append(CallFailed(call_id=call.call_id, error=ErrorInfo.of(error)))
+    def _append_states(self) -> None:
+        self._follow_tiers()
+        states = self._parts.reports.take()
+        if states is not None:
+            self._events.append(states)
 
     def _append_stats(self) -> None:
         now = time.monotonic()
         if now - self._stats_at < self._stats_interval and self.has_work:
             return
-        self._load_seconds += self._parts.runner.transfers.take_recent()
+        self._append_states()
+        parts = self._parts
+        self._tier_loads += [TierLoad("host", "pool", seconds) for seconds in parts.runner.transfers.take_recent()]
+        self._tier_loads += [TierLoad("disk", "host", seconds) for seconds in parts.store.take_recent()]
+        if parts.cache is not None:
+            self._tier_loads += [TierLoad("remote", "disk", seconds) for seconds in parts.cache.take_recent()]
         stats = self.stats()
         if stats != self._last_stats:
             self._events.append(stats)
             self._last_stats = stats
             self._stats_at = now
-            self._step_seconds, self._load_seconds = [], []
+            self._step_seconds, self._tier_loads = [], []
 
     def stats(self) -> EngineStats:
         """A snapshot."""
         parts = self._parts
         store = parts.store.stats
+        disk = None if parts.cache is None else parts.cache.stats()
+        lookups, evictions = _tier_counts(parts, store, disk)
         return EngineStats(
             running=parts.scheduler.num_running,
             waiting=parts.scheduler.num_waiting,
@@ -273,19 +297,24 @@ class Engine:
             pages_adapter=parts.adapters.num_pages,
             pages_free=parts.pool.num_free,
             pages_cached=parts.kv.prefixes.num_idle_pages,
-            adapters_resident=len(parts.adapters.resident),
-            adapters_host=store.images,
+            pages_pinned=parts.adapters.kept_pages,
             host_bytes=store.host_bytes,
             host_bytes_limit=store.byte_limit,
-            adapter_hits=parts.adapters.hits,
+            adapters_resident=len(parts.adapters.resident),
             adapter_loads=parts.adapters.loads,
             adapter_evictions=parts.adapters.evictions,
             adapter_load_failures=store.failures,
+            adapter_prefetches=parts.scheduler.prefetcher.prefetched,
             preemptions=parts.scheduler.preemptions,
             prefix_hit_tokens=parts.scheduler.prefix_hit_tokens,
             steps=self._steps,
             expert_tokens=parts.directory.by_name(parts.runner.expert_tokens),
-            load_seconds=self._load_seconds,
+            disk_bytes=0 if disk is None else disk.num_bytes + disk.pending_bytes,
+            disk_bytes_limit=0 if disk is None else disk.byte_limit,
+            tiers=list(parts.reports.uses(store, disk)),
+            lookups=lookups,
+            evictions=evictions,
+            tier_loads=self._tier_loads,
             step_seconds=self._step_seconds,
         )
 
@@ -296,3 +325,21 @@ class Engine:
     def close(self) -> None:
         """Stop the loader threads."""
         self._parts.store.close()
+
+
+def _tier_counts(
+    parts: EngineParts, store: StoreStats, disk: DiskCacheStats | None
+) -> tuple[list[TierCount], list[TierCount]]:
+    """How often adapters were found in a tier or not, and how often they left it, by reason."""
+    lookups = [TierCount(tier, what, count) for (tier, what), count in sorted(parts.scheduler.lookups.items())]
+    reasons: dict[AdapterTier, Mapping[str, int]] = {
+        "pool": parts.adapters.evictions_by_reason,
+        "host": store.evictions_by_reason,
+    }
+    if disk is not None:
+        lookups += [TierCount("disk", "hit", disk.hits), TierCount("disk", "miss", disk.misses)]
+        reasons["disk"] = disk.evictions
+    evictions = [
+        TierCount(tier, reason, count) for tier, counts in reasons.items() for reason, count in sorted(counts.items())
+    ]
+    return lookups, evictions

@@ -13,37 +13,31 @@ from transformers import GenerationConfig, PretrainedConfig
 from loraplex.kernels.attention_plan import AttentionPlanner
 from loraplex.kernels.dense_linear import has_fast_bfloat16
 from loraplex.kernels.devices import has_kernels_for, uses_triton
-from loraplex.memory.adapter_cache import AdapterCache
-from loraplex.memory.adapter_store import AdapterStore
 from loraplex.memory.arena import PageShape, allocate_arena, page_shape, poison
 from loraplex.memory.budget import available_bytes, count_pages
 from loraplex.memory.kv_cache import KvCache
-from loraplex.memory.page_pool import PagePool
+from loraplex.server.adapter_calls import AdapterCalls
+from loraplex.server.adapter_reports import AdapterReports
 from loraplex.server.base_matrices import BaseMatrices
 from loraplex.server.batch import BatchMaker
 from loraplex.server.checkpoint import find_checkpoint, read_config
 from loraplex.server.decoder import Decoder
 from loraplex.server.device_build import build_device_runner
 from loraplex.server.device_runner import DeviceRunner
-from loraplex.server.engine import Engine, EngineParts
+from loraplex.server.engine import Engine, EngineParts, StepRunner
 from loraplex.server.engine_config import EngineConfig
-from loraplex.server.errors import InvalidRequestError
-from loraplex.server.host_directory import HostDirectory
+from loraplex.server.errors import EngineStartError
 from loraplex.server.messages import EngineInfo
 from loraplex.server.model_runner import ModelRunner
+from loraplex.server.prefetch_history import HistoryPrefetch
 from loraplex.server.progress import Progress
 from loraplex.server.routing_report import ExpertCounts
 from loraplex.server.scheduler import Scheduler
-from loraplex.server.scheduler_config import SchedulerConfig
+from loraplex.server.scheduler_config import MAX_PREFETCHES, SchedulerConfig
 from loraplex.server.step_memory import POOL_FRACTION, step_bytes
+from loraplex.server.tiers_build import Tiers, build_tiers
 from loraplex.server.traits import ModelTraits, read_traits
 from loraplex.server.weights import CheckpointReader, DecoderWeights, load_weights
-
-
-class EngineStartError(InvalidRequestError):
-    """The engine cannot start with these settings; ``param`` names the one at fault."""
-
-    default_code = "engine_start"
 
 
 def choose_device(name: str) -> torch.device:
@@ -116,23 +110,18 @@ def _wire(
     on_change: Callable[[], None] | None,
 ) -> EngineParts:
     arena = allocate_arena(shape, info.num_pages, device)
-    pool = PagePool(info.num_pages, on_release=partial(poison, arena) if config.poison_freed_pages else None)
     if config.poison_freed_pages:
         poison(arena, range(info.num_pages))
-    kv, adapters = KvCache(pool, shape.page_tokens), AdapterCache(pool)
-    store = AdapterStore(
+    tiers = build_tiers(
+        config,
         traits.base_shape,
-        shape.page_elems,
-        shape.dtype,
-        byte_limit=config.host_adapter_bytes,
-        threads=config.loader_threads,
-        allow_bin=config.allow_bin,
+        BaseMatrices(Path(info.model_path), traits, shape.dtype),
+        shape,
+        info.num_pages,
         pin_memory=device.type == "cuda",
-        base_name=config.model_name or config.model,
-        base_weights=BaseMatrices(Path(info.model_path), traits, shape.dtype),
+        on_release=partial(poison, arena) if config.poison_freed_pages else None,
         on_change=on_change,
     )
-    directory = HostDirectory(store, adapters, info.num_pages)
     limits = SchedulerConfig(
         max_model_len=info.max_model_len,
         eos_token_ids=eos_ids,
@@ -141,16 +130,42 @@ def _wire(
         max_waiting=config.max_waiting,
         prefill_chunk=config.prefill_chunk,
         prefix_caching=config.prefix_caching,
+        max_prefetches=MAX_PREFETCHES if config.prefetch else 0,
     )
+    runner = _build_runner(config, info, traits, weights, shape, arena, tiers.kv)
+    tiers.costs.transfers = runner.transfers
+    return engine_parts(info, tiers, limits, runner, config)
+
+
+def engine_parts(
+    info: EngineInfo, tiers: Tiers, limits: SchedulerConfig, runner: StepRunner, config: EngineConfig
+) -> EngineParts:
+    """Put a scheduler over the tiers, and what serves the engine's clients over both."""
+    pool, kv, adapters, directory = tiers.pool, tiers.kv, tiers.adapters, tiers.directory
+
+    def note_arrival(identity: str) -> None:
+        tiers.pool_rates.note(identity)
+        tiers.rates.note(identity)
+
+    scheduler = Scheduler(limits, pool, kv, adapters, directory, note_arrival=note_arrival)
+    calls = AdapterCalls(
+        directory, scheduler.prefetcher, int(config.max_pinned_fraction * pool.num_pages), scheduler.num_open_under
+    )
+    history = HistoryPrefetch(tiers.rates, directory, tiers.store, pool, adapters, scheduler.prefetcher)
     return EngineParts(
         info=info,
         pool=pool,
         kv=kv,
         adapters=adapters,
-        store=store,
+        store=tiers.store,
         directory=directory,
-        scheduler=Scheduler(limits, pool, kv, adapters, directory),
-        runner=_build_runner(config, info, traits, weights, shape, arena, kv),
+        scheduler=scheduler,
+        runner=runner,
+        calls=calls,
+        reports=AdapterReports(directory, tiers.store, adapters, calls, info.page_bytes),
+        costs=tiers.costs,
+        history=history if config.prefetch else None,
+        cache=tiers.cache,
     )
 
 

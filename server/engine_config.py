@@ -10,6 +10,7 @@ DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 AttentionName = Literal["auto", "triton", "flashinfer"]
 KernelsName = Literal["auto", "triton", "plain"]
+EvictionName = Literal["value", "lru"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +38,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_bin: bool = False
     poison_freed_pages: bool = False
     prefix_caching: bool = True
+    cache_dir: str | None = None
+    disk_cache_bytes: int = 20 << 30
+    remote_timeout_seconds: float = 60.0
+    eviction: EvictionName = "value"
+    max_pinned_fraction: float = 0.5
+    prefetch: bool = True
     expert_metrics: int = 0
     stats_interval: float = 0.25
 

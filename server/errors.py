@@ -125,6 +125,12 @@ class EngineError(LoraplexError):
     default_code = "engine_error"
 
 
+class EngineStartError(InvalidRequestError):
+    """The engine cannot start with these settings; ``param`` names the one at fault."""
+
+    default_code = "engine_start"
+
+
 def _all_errors(root: type[LoraplexError]) -> dict[str, type[LoraplexError]]:
     found = {root.__name__: root}
     for child in root.__subclasses__():

@@ -1,62 +1,108 @@
-"""The host store of adapters as the scheduler sees it, and what the engine tells its clients about adapters."""
+"""The tiers below the pool as the scheduler sees them, and what the engine tells its clients about adapters."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping
-
-import msgspec
+import contextlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Mapping
 
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.adapter_errors import AdapterFileError
 from loraplex.memory.adapter_image import AdapterImage
-from loraplex.memory.adapter_store import AdapterStore, Failed, Ready
+from loraplex.memory.adapter_store import AdapterStore, Content, Failed, Loading, Ready
 from loraplex.memory.merge_recipe import PREFIX
 from loraplex.server.adapter_directory import AdapterFailed, AdapterLoading, AdapterReady, AdapterStatus
 from loraplex.server.errors import AdapterInvalidError, AdapterTooLargeError, EngineError, LoraplexError
-from loraplex.server.messages import AdapterInfo, AdapterRef, AdapterTier
+from loraplex.server.messages import AdapterInfo, AdapterRef, AdapterState, AdapterTier, ErrorInfo
+from loraplex.server.request import AdapterPages
+
+_MAX_MERGES = 1000
 
 Key = tuple[str, int]
 """Path and revision of a registration: what the store goes by."""
 
 
 class HostDirectory:
-    """Adapters on the host, by registration. An ``AdapterDirectory``.
+    """Adapters by registration. An ``AdapterDirectory``.
 
     Args:
         store: reads adapters and keeps their images.
         resident: which adapters lie in the pool.
         pool_pages: size of the pool.
+        num_layers: of the model.
+        expire: has a path's remote source asked at its next read whether it has changed.
     """
 
-    def __init__(self, store: AdapterStore, resident: AdapterCache, pool_pages: int) -> None:
+    def __init__(
+        self,
+        store: AdapterStore,
+        resident: AdapterCache,
+        pool_pages: int,
+        num_layers: int = 0,
+        expire: Callable[[str], None] | None = None,
+    ) -> None:
         self._store = store
+        self._expire = expire
         self._resident = resident
         self._pool_pages = pool_pages
+        self._num_layers = num_layers
         self._holds: Counter[Key] = Counter()
         self._pinned: set[Key] = set()
-        self._known: dict[Key, AdapterInfo] = {}
+        self._known: dict[Key, Content] = {}
+        self._names: dict[Key, str] = {}
+        self._keys_of: dict[str, set[Key]] = {}
+        self._retained: dict[Key, str] = {}
+        self._merges: OrderedDict[Key, None] = OrderedDict()
 
     def lookup(self, ref: AdapterRef) -> AdapterStatus:
-        """How far an adapter is; an absent one starts to load. One that is held is pinned as soon as it is there."""
+        """How far an adapter is; one that is neither in the pool nor on the host starts to load.
+
+        One that is held is pinned on the host as soon as it is there.
+        """
+        key = _key(ref)
+        known = self._known.get(key)
+        if known is not None and (key in self._pinned or self._resident.is_resident(known.identity)):
+            return self._ready(known)
+        if is_merged(key):
+            self._remember_merge(key)
         self._store.request(ref.path, ref.revision)
         match self._store.state(ref.path, ref.revision):
-            case Ready() as ready:
+            case Ready(content=content):
                 if not self._pin_held(ref):
                     return AdapterLoading()
-                self._note(ref, ready)
-                image = ready.image
-                return AdapterReady(
-                    image.identity,
-                    image.num_pages,
-                    image.invocation,
-                    _mix_problem(ready),
-                    image.token_routes is not None,
-                )
+                self._note(ref, content)
+                return self._ready(content)
             case Failed(error):
                 return AdapterFailed(to_loraplex_error(ref, error))
             case _:
                 return AdapterLoading()
+
+    def _remember_merge(self, key: Key) -> None:
+        """Nobody unloads what was merged for a request: the store forgets those that were asked for longest ago."""
+        self._merges[key] = None
+        self._merges.move_to_end(key)
+        if len(self._merges) > _MAX_MERGES:
+            oldest = next((known for known in self._merges if known not in self._holds), None)
+            if oldest is not None:
+                del self._merges[oldest]
+                self._store.forget(*oldest)
+
+    def _ready(self, content: Content) -> AdapterReady:
+        return AdapterReady(
+            content.identity,
+            content.num_pages,
+            content.invocation,
+            _mix_problem(content),
+            content.routes_by_token,
+            not self._num_layers or content.first_kv_layer < self._num_layers,
+        )
+
+    def is_at_hand(self, ref: AdapterRef) -> bool:
+        """Whether a lookup would find the adapter without loading it."""
+        known = self._known.get(_key(ref))
+        if known is not None and self._resident.is_resident(known.identity):
+            return True
+        return isinstance(self._store.state(ref.path, ref.revision), Ready)
 
     def _pin_held(self, ref: AdapterRef) -> bool:
         """Pin in the store what is held here; False where it has been evicted a moment ago."""
@@ -70,7 +116,7 @@ class HostDirectory:
         return True
 
     def hold(self, ref: AdapterRef) -> None:
-        """Keep an image from when it is there until ``release_hold``; counted."""
+        """Keep an image from when a lookup finds it on the host until ``release_hold``; counted."""
         self._holds[_key(ref)] += 1
 
     def release_hold(self, ref: AdapterRef) -> None:
@@ -83,87 +129,161 @@ class HostDirectory:
                 self._pinned.remove(key)
                 self._store.unpin(*key)
 
+    def keep(self, ref: AdapterRef) -> None:
+        """Keep what is there of an adapter that is held, its image on the host or else its pages in the pool, until
+        ``forget``, though its files may change. In the pool it gives way to what could not run otherwise."""
+        if isinstance(self._store.state(ref.path, ref.revision), Ready) and self._pin_held(ref):
+            return
+        known = self._known.get(_key(ref))
+        if known is not None and not self._resident.is_kept(known.identity):
+            self._resident.keep(known.identity)
+            self._retained[_key(ref)] = known.identity
+
     def is_full_of(self, refs: Collection[AdapterRef]) -> bool:
         """Whether a load waits for room while nothing but these adapters is pinned in the store."""
         return self._pinned <= {_key(ref) for ref in refs} and self._store.stats.waiting_for_room > 0
 
     def image(self, ref: AdapterRef) -> AdapterImage:
-        """The image of an adapter that is held and was found ready."""
+        """The image of an adapter that is held and was found on the host."""
         state = self._store.state(ref.path, ref.revision)
         assert isinstance(state, Ready), f"the image of adapter {ref.name} is not on the host"
         return state.image
 
-    def check_size(self, ref: AdapterRef, num_pages: int) -> None:
-        """AdapterTooLargeError for an adapter that the pool could never hold."""
-        if num_pages > self._pool_pages:
+    def pages_of(self, ref: AdapterRef) -> AdapterPages | None:
+        """What an adapter takes in the pool; None if it has never been read.
+
+        Raises:
+            AdapterTooLargeError: the pool could never hold it.
+        """
+        known = self._known.get(_key(ref))
+        if known is None:
+            return None
+        if known.num_pages > self._pool_pages:
             raise AdapterTooLargeError(
-                f"Adapter '{ref.name}' needs {num_pages} pages, but the pool has {self._pool_pages}.",
+                f"Adapter '{ref.name}' needs {known.num_pages} pages, but the pool has {self._pool_pages}.",
                 param="lora_path",
             )
+        return AdapterPages(known.identity, ref, known.num_pages)
 
-    def forget(self, ref: AdapterRef) -> None:
-        """Let go of a registration; what runs under it goes on."""
+    def refresh(self, ref: AdapterRef) -> None:
+        """The first read of a registration is to see what its source holds now, and not what was fetched before."""
+        if self._expire is not None and _key(ref) not in self._known:
+            with contextlib.suppress(AdapterFileError):  # the read will say the same
+                self._expire(ref.path)
+
+    def expect(self, ref: AdapterRef, identity: str) -> None:
+        """Whatever is read for a registration must have this content."""
+        self._store.expect(*_key(ref), identity)
+
+    def forget(self, ref: AdapterRef) -> str | None:
+        """Let go of a registration; what runs under it goes on.
+
+        Returns:
+            Its identity, if nothing is registered under that any more.
+        """
         key = _key(ref)
         self._store.forget(*key)
+        self._names.pop(key, None)
+        retained = self._retained.pop(key, None)
+        if retained is not None:
+            self._resident.unkeep(retained)
         gone = self._known.pop(key, None)
-        if gone is not None and all(info.identity != gone.identity for info in self._known.values()):
-            self._resident.drop(gone.identity)
+        if gone is None:
+            return None
+        keys = self._keys_of[gone.identity]
+        keys.remove(key)
+        if keys:
+            return None
+        del self._keys_of[gone.identity]
+        self._resident.drop(gone.identity)
+        return gone.identity
 
     def info(self, ref: AdapterRef) -> AdapterInfo | None:
         """What is known of an adapter; None if it has never been read."""
         known = self._known.get(_key(ref))
-        return None if known is None else msgspec.structs.replace(known, name=ref.name, tier=self._tier(known))
+        return None if known is None else _info(known)
 
-    def infos(self, running: Mapping[AdapterRef, int]) -> list[AdapterInfo]:
-        """All that has been read and not forgotten; ``running`` counts sequences by registration."""
-        counts = {_key(ref): count for ref, count in running.items()}
-        return [
-            msgspec.structs.replace(info, tier=self._tier(info), running=counts.get(key, 0))
-            for key, info in self._known.items()
-        ]
+    def content_of(self, identity: str) -> Content | None:
+        """What is known of a content that something is registered under."""
+        keys = self._keys_of.get(identity)
+        return None if keys is None else self._known[next(iter(keys))]
 
-    def by_name(self, counts: Mapping[str, list[int]]) -> dict[str, list[int]]:
-        """The same by the adapters' names instead of their identities; those that are not listed are left out."""
-        if not counts:
-            return {}
-        names = {info.identity: info.name for info in self._known.values()}
-        return {names[identity]: values for identity, values in counts.items() if identity in names}
+    def ref_of(self, identity: str) -> AdapterRef | None:
+        """A registration of this content, if there is one."""
+        keys = self._keys_of.get(identity)
+        if keys is None:
+            return None
+        path, revision = next(iter(keys))
+        return AdapterRef(name=self._names[path, revision], path=path, revision=revision)
 
-    def _note(self, ref: AdapterRef, ready: Ready) -> None:
-        image = ready.image
-        known = self._known.get(_key(ref))
-        # Adapters merged for a request have no name that could be listed, and there is no end to them.
-        if (known is not None and known.identity == image.identity) or ref.path.startswith(PREFIX):
-            return
-        self._known[_key(ref)] = AdapterInfo(
-            name=ref.name,
-            path=ref.path,
-            identity=image.identity,
-            kind=image.kind,
-            rank=ready.rank,
-            targets=list(ready.targets),
-            bytes=image.num_bytes,
-            pages=image.num_pages,
-            tier="host",
-            num_experts=ready.num_experts,
-            warnings=list(ready.warnings),
+    def keys_of(self, identity: str) -> Collection[Key]:
+        """The registrations of this content."""
+        return self._keys_of.get(identity, ())
+
+    def state(self, key: Key, *, pinned: bool) -> AdapterState:
+        """What clients are told of a registration."""
+        state, known = self._store.state(*key), self._known.get(key) or self._store.content(*key)
+        error = None
+        if isinstance(state, Failed):
+            ref = AdapterRef(name=self._names.get(key, key[0]), path=key[0], revision=key[1])
+            error = ErrorInfo.of(to_loraplex_error(ref, state.error))
+        return AdapterState(
+            path=key[0],
+            revision=key[1],
+            tier="disk" if known is None else self.tier(known.identity),
+            loading=isinstance(state, Loading),
+            pinned=pinned,
+            info=None if known is None else _info(known),
+            error=error,
         )
 
-    def _tier(self, info: AdapterInfo) -> AdapterTier:
-        if self._resident.is_resident(info.identity):
+    def tier(self, identity: str) -> AdapterTier:
+        """The uppermost tier that holds a content."""
+        if self._resident.is_resident(identity):
             return "pool"
-        return "host" if self._store.holds(info.identity) else "disk"
+        return "host" if self._store.holds(identity) else "disk"
+
+    def by_name(self, counts: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """The same by the adapters' names instead of their identities; those that are not registered are left out."""
+        refs = {identity: self.ref_of(identity) for identity in counts}
+        return {ref.name: counts[identity] for identity, ref in refs.items() if ref is not None}
+
+    def _note(self, ref: AdapterRef, content: Content) -> None:
+        key = _key(ref)
+        # Adapters merged for a request have no name that could be listed, and there is no end to them.
+        if key not in self._known and not is_merged(key):
+            self._known[key] = content
+            self._names[key] = ref.name
+            self._keys_of.setdefault(content.identity, set()).add(key)
+
+
+def is_merged(key: Key) -> bool:
+    """Whether a key is of a merged adapter, which nobody has registered."""
+    return key[0].startswith(PREFIX)
 
 
 def _key(ref: AdapterRef) -> Key:
     return ref.path, ref.revision
 
 
-def _mix_problem(ready: Ready) -> str | None:
+def _info(content: Content) -> AdapterInfo:
+    return AdapterInfo(
+        identity=content.identity,
+        kind=content.kind,
+        rank=content.rank,
+        targets=list(content.targets),
+        bytes=content.num_bytes,
+        pages=content.num_pages,
+        num_experts=content.num_experts,
+        warnings=list(content.warnings),
+    )
+
+
+def _mix_problem(content: Content) -> str | None:
     """Why an adapter cannot be added up with others."""
-    if ready.scope == "ffn":
+    if content.scope == "ffn":
         return "has experts that are whole feed-forward networks, which cannot be part of a mix"
-    return "is an activated LoRA, which cannot be part of a mix" if ready.image.invocation else None
+    return "is an activated LoRA, which cannot be part of a mix" if content.invocation else None
 
 
 def to_loraplex_error(ref: AdapterRef, error: BaseException) -> LoraplexError:

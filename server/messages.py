@@ -70,7 +70,7 @@ class Generate(Message, frozen=True, kw_only=True):
     """Generate ``n`` choices for one prompt under one adapter, or under a mix of them, or the base model alone.
 
     ``adapter`` is None for the base model and where there is a ``mix``. ``return_routing`` asks for the experts that
-    routers chose for each token.
+    routers chose for each token. Only requests of equal ``cache_salt`` begin with each other's K/V.
     """
 
     request_id: str
@@ -80,6 +80,7 @@ class Generate(Message, frozen=True, kw_only=True):
     mix: tuple[WeightedAdapter, ...] = ()
     n: int = 1
     return_routing: bool = False
+    cache_salt: str = ""
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -103,17 +104,45 @@ class UnloadAdapter(Message, frozen=True, kw_only=True):
     adapter: AdapterRef
 
 
-class ListAdapters(Message, frozen=True, kw_only=True):
-    """Every adapter the engine has read. Answer: list of ``AdapterInfo``."""
+AdapterTier = Literal["disk", "host", "pool"]
+"""Where an adapter is: the uppest tier that holds it. ``disk`` is also what would have to be fetched from elsewhere."""
+
+
+class PrefetchAdapter(Message, frozen=True, kw_only=True):
+    """Bring an adapter up to a tier, without keeping it there. Answer: ``AdapterInfo``."""
 
     call_id: str
+    adapter: AdapterRef
+    tier: Literal["host", "pool"] = "pool"
+
+
+class PinAdapter(Message, frozen=True, kw_only=True):
+    """Bring an adapter into the pool and keep it there, or keep it no longer. Answer: ``AdapterInfo``."""
+
+    call_id: str
+    adapter: AdapterRef
+    pinned: bool = True
+
+
+class RestoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """What a new engine should know of a registration; ``identity`` is None if it was never read."""
+
+    adapter: AdapterRef
+    identity: str | None = None
+    pinned: bool = False
+
+
+class RestoreAdapters(Message, frozen=True, kw_only=True):
+    """Tell a new engine of registrations: which content they must have, and which are pinned. No answer."""
+
+    adapters: list[RestoredAdapter]
 
 
 class Shutdown(Message, frozen=True, kw_only=True):
     """End the engine process."""
 
 
-Command = Generate | Abort | LoadAdapter | UnloadAdapter | ListAdapters | Shutdown
+Command = Generate | Abort | LoadAdapter | UnloadAdapter | PrefetchAdapter | PinAdapter | RestoreAdapters | Shutdown
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -183,36 +212,50 @@ class RequestFailed(Message, frozen=True, kw_only=True):
     error: ErrorInfo
 
 
-AdapterTier = Literal["disk", "host", "pool"]
-
-
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine knows of an adapter that it has read at least once.
+    """What an adapter is, known once it has been read.
 
-    ``bytes`` counts the tensors in the model's dtype, ``pages`` the pages it takes in the pool, ``identity`` is the
-    hash of the adapter's content and configuration.
+    ``bytes`` counts its image in host memory, ``pages`` the pages it takes in the pool, ``identity`` is the hash of its
+    content and configuration.
     """
 
-    name: str
-    path: str
     identity: str
     kind: str
     rank: int
     targets: list[str]
     bytes: int
     pages: int
-    tier: AdapterTier
     num_experts: int = 0
-    running: int = 0
     warnings: list[str] = []
 
 
+class AdapterState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a registration, named by ``path`` and ``revision``, has come to.
+
+    ``error`` is of the last load, if that failed. ``info`` stays known when the adapter leaves the host.
+    """
+
+    path: str
+    revision: int
+    tier: AdapterTier = "disk"
+    loading: bool = False
+    pinned: bool = False
+    info: AdapterInfo | None = None
+    error: ErrorInfo | None = None
+
+
+class AdapterStates(Message, frozen=True, kw_only=True):
+    """Registrations whose state has changed since the last such event; sent with the statistics, and before the answer
+    of a call that changed them. One of which nothing was ever sent is on disk and was never read."""
+
+    states: list[AdapterState]
+
+
 class CallDone(Message, frozen=True, kw_only=True):
-    """The answer of a call. ``adapter`` for LoadAdapter, ``adapters`` for ListAdapters."""
+    """The answer of a call; ``adapter`` as the call says."""
 
     call_id: str
     adapter: AdapterInfo | None = None
-    adapters: list[AdapterInfo] | None = None
 
 
 class CallFailed(Message, frozen=True, kw_only=True):
@@ -240,13 +283,40 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     num_parameters: int
 
 
+class TierUse(msgspec.Struct, frozen=True, array_like=True):
+    """What adapters of a kind take in a tier; ``pages`` are 0 but in the pool, ``kind`` is "" on disk."""
+
+    tier: AdapterTier
+    kind: str
+    adapters: int
+    bytes: int
+    pages: int = 0
+
+
+class TierLoad(msgspec.Struct, frozen=True, array_like=True):
+    """An adapter that came from a tier, or from ``remote``, to another one, and how long that took."""
+
+    source: Literal["remote", "disk", "host"]
+    target: AdapterTier
+    seconds: float
+
+
+class TierCount(msgspec.Struct, frozen=True, array_like=True):
+    """How often something happened in a tier: ``what`` is "hit" or "miss", or why things were evicted."""
+
+    tier: AdapterTier
+    what: str
+    count: int
+
+
 class EngineStats(Message, frozen=True, kw_only=True):
     """A snapshot for the metrics, sent at most every ``stats_interval`` while anything changes.
 
-    Counters are totals since the engine started. ``load_seconds`` are the page-in times (disk or host to pool) of the
-    adapter loads since the last snapshot; ``step_seconds`` likewise of the steps. ``pages_cached`` hold prefixes that
-    no sequence uses; ``pages_kv`` and ``pages_free`` are without them. ``expert_tokens`` has, for the adapters with the
-    most routed tokens, by name, how often each expert was chosen; empty unless it is asked for.
+    Counters are totals since the engine started. ``tier_loads`` are the loads since the last snapshot, ``step_seconds``
+    likewise the steps. ``tiers`` is what adapters take now; ``lookups`` and ``evictions`` count by tier.
+    ``pages_cached`` hold prefixes that no sequence uses; ``pages_kv`` and ``pages_free`` are without them.
+    ``expert_tokens`` has, for the adapters with the most routed tokens, by name, how often each expert was chosen;
+    empty unless it is asked for.
     """
 
     running: int = 0
@@ -256,19 +326,24 @@ class EngineStats(Message, frozen=True, kw_only=True):
     pages_adapter: int = 0
     pages_free: int = 0
     pages_cached: int = 0
-    adapters_resident: int = 0
-    adapters_host: int = 0
+    pages_pinned: int = 0
     host_bytes: int = 0
     host_bytes_limit: int = 0
-    adapter_hits: int = 0
+    adapters_resident: int = 0
     adapter_loads: int = 0
     adapter_evictions: int = 0
     adapter_load_failures: int = 0
+    adapter_prefetches: int = 0
     preemptions: int = 0
     prefix_hit_tokens: int = 0
     steps: int = 0
     expert_tokens: dict[str, list[int]] = {}
-    load_seconds: list[float] = []
+    disk_bytes: int = 0
+    disk_bytes_limit: int = 0
+    tiers: list[TierUse] = []
+    lookups: list[TierCount] = []
+    evictions: list[TierCount] = []
+    tier_loads: list[TierLoad] = []
     step_seconds: list[float] = []
 
 
@@ -292,4 +367,4 @@ class OutputBatch(Message, frozen=True, kw_only=True):
     failed: list[RequestFailed] = []
 
 
-Event = OutputBatch | CallDone | CallFailed | EngineInfo | EngineStats | StartProgress | StartFailed
+Event = OutputBatch | CallDone | CallFailed | AdapterStates | EngineInfo | EngineStats | StartProgress | StartFailed

@@ -58,11 +58,19 @@ class ModelRunner:
             image.layout, pages, page_elems // 128, num_layers, num_pages, image.routing, image.token_routes
         )
 
-    def keep_only(self, identities: Iterable[str]) -> None:
-        """Forget adapters that left the pool."""
-        kept = set(identities)
-        for identity in [i for i in self._resident if i not in kept]:
-            del self._resident[identity]
+    def has_arrived(self, identity: str) -> bool:
+        """Always: what is copied is there at once."""
+        del identity
+        return True
+
+    def forget(self, identities: Iterable[str]) -> None:
+        """Adapters have left the pool; unknown ones are ignored."""
+        for identity in identities:
+            self._resident.pop(identity, None)
+
+    def forget_all(self) -> None:
+        """Whatever was in the pool is in doubt."""
+        self._resident.clear()
 
     def launch(self, chunks: list[Chunk]) -> PendingStep:
         """Start a step: one forward pass over the chunks, behind all that was started before."""

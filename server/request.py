@@ -57,6 +57,7 @@ class Sequence:
         chain: names of its pages in the prefix cache; None while it is not known, or where it is not used.
         num_cached_pages: leading full pages that it has from the prefix cache or has given to it, if it uses it.
         passed: later sequences admitted while this one was first in line and found no pages.
+        holds_adapters: whether it holds its adapters in the host store, because it waits for pages for them.
         num_pending: 1 while the step in flight samples a token for it whose id is not known yet, else 0.
         num_tokens: the prompt's tokens, the sampled ones and the pending one; kept by ``expect`` and ``append``, as
             every step asks for it.
@@ -82,6 +83,7 @@ class Sequence:
     chain: PageChain | None = field(default=None, repr=False)
     num_cached_pages: int = 0
     passed: int = 0
+    holds_adapters: bool = False
     num_pending: int = 0
     num_tokens: int = field(init=False)
 
@@ -171,12 +173,13 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPages:
-    """An adapter that a request needs in the pool; for ``routes_by_token`` see ``AdapterReady``."""
+    """An adapter that is needed in the pool; for ``routes_by_token`` and ``changes_kv`` see ``AdapterReady``."""
 
     identity: str
     ref: AdapterRef
     num_pages: int
     routes_by_token: bool = False
+    changes_kv: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -192,6 +195,7 @@ class Request:
         max_total_tokens: prompt and output together; reaching it ends a choice.
         stop_ids: tokens that end a choice.
         return_routing: whether to report the experts that routers choose.
+        cache_salt: only requests of the same one share K/V.
         sequences: by choice.
         held_back: sequences that wait for the prompt of choice 0, to share it.
         adapters: identities with their weights, by identity; None until all were found ready.
@@ -199,9 +203,7 @@ class Request:
         images: what they take in the pool, once they were found ready.
         first_lookup_at: monotonic seconds at which the adapters were first asked for.
         waited_for_adapter: whether an adapter was ever found loading.
-        holds_adapters: whether the adapters are held in the host store for this request.
         num_live: sequences that are not finished.
-        num_unreleased: sequences that may still own pages or pins.
     """
 
     request_id: str
@@ -212,6 +214,7 @@ class Request:
     max_total_tokens: int
     stop_ids: frozenset[int] = field(repr=False)
     return_routing: bool = False
+    cache_salt: str = ""
     sequences: list[Sequence] = field(default_factory=list)
     held_back: list[Sequence] = field(default_factory=list, repr=False)
     adapters: tuple[tuple[str, float], ...] | None = None
@@ -219,9 +222,7 @@ class Request:
     images: tuple[AdapterPages, ...] = ()
     first_lookup_at: float | None = None
     waited_for_adapter: bool = False
-    holds_adapters: bool = False
     num_live: int = 0
-    num_unreleased: int = 0
 
     @property
     def is_mix(self) -> bool:
@@ -240,8 +241,10 @@ class Request:
 
     @property
     def content(self) -> str:
-        """What K/V depends on beside the tokens: the adapters' content and weights; "" for the base model."""
-        return repr(self.adapters) if self.adapters else ""
+        """What K/V depends on beside the tokens: the content and weights of adapters that change it; else ""."""
+        neutral = {image.identity for image in self.images if not image.changes_kv}
+        changing = tuple(one for one in self.adapters or () if one[0] not in neutral)
+        return repr(changing) if changing else ""
 
 
 def make_request(
@@ -259,6 +262,7 @@ def make_request(
         max_total_tokens=max_total_tokens,
         stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
         return_routing=generate.return_routing,
+        cache_salt=generate.cache_salt,
         adapters=None if weights else (),
     )
     seed = params.seed if params.seed is not None else secrets.randbits(64)
@@ -277,7 +281,7 @@ def make_request(
         for index in range(generate.n)
     ]
     request.held_back = request.sequences[1:]
-    request.num_live = request.num_unreleased = generate.n
+    request.num_live = generate.n
     return request
 
 

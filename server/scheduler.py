@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from loraplex.memory.adapter_cache import AdapterCache
+from loraplex.memory.integrity import check_pool
 from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
 from loraplex.server.adapter_directory import (
@@ -34,10 +35,12 @@ from loraplex.server.adapter_directory import (
     AdapterReady,
     AdapterStatus,
 )
-from loraplex.server.admission import Admission, by_arrival, max_tokens_in
+from loraplex.server.adapter_gate import max_tokens_in
+from loraplex.server.admission import Admission, by_arrival
 from loraplex.server.errors import LoraplexError, OverloadedError
 from loraplex.server.messages import (
     AdapterRef,
+    AdapterTier,
     ErrorInfo,
     Generate,
     RequestFailed,
@@ -45,7 +48,10 @@ from loraplex.server.messages import (
     TokenLogprob,
     TokenOutput,
 )
+from loraplex.server.page_ins import PageIns
+from loraplex.server.prefetch import Prefetcher
 from loraplex.server.request import Request, Sequence, SequenceState, make_request
+from loraplex.server.scheduler_checks import check_ownership
 from loraplex.server.scheduler_config import SchedulerConfig
 from loraplex.server.step_output import collect_prompt_logprobs, collect_routing, make_output
 from loraplex.server.step_plan import Chunk, PageIn, SampledToken, StepPlan, cut_chunk
@@ -74,10 +80,13 @@ class Scheduler:
         kv: page lists by sequence id.
         adapters: which adapters lie in the pool.
         directory: the host store of adapters.
+        note_arrival: is told of each request's adapters, by identity.
         clock: monotonic seconds.
 
     Attributes:
         preemptions: sequences preempted so far.
+        page_ins: copies into the pool that have been planned; the caller says when one is over.
+        prefetcher: plans those that no sequence of the step needs.
     """
 
     def __init__(
@@ -88,16 +97,19 @@ class Scheduler:
         adapters: AdapterCache,
         directory: AdapterDirectory,
         clock: Callable[[], float] = time.monotonic,
+        note_arrival: Callable[[str], None] | None = None,
     ) -> None:
         self._config = config
         self._pool = pool
         self._kv = kv
         self._adapters = adapters
-        self._directory = directory
         self._clock = clock
-        self._admission = Admission(config, pool, kv, adapters, directory, clock)
+        self.page_ins = PageIns(adapters, directory)
+        self.prefetcher = Prefetcher(config.max_prefetches, pool, adapters, directory, self.page_ins)
+        self._admission = Admission(config, pool, kv, adapters, directory, self.page_ins, note_arrival, clock)
         self._requests: dict[str, Request] = {}
         self._running: list[Sequence] = []
+        self._open_under: Counter[AdapterRef] = Counter()
         self._num_live = 0
         self._next_seq_id = 0
         self._in_flight: list[StepPlan] = []
@@ -128,10 +140,14 @@ class Scheduler:
         """Adapters that are loading while sequences wait for them."""
         return self._admission.loading
 
+    def num_open_under(self, ref: AdapterRef) -> int:
+        """Open requests under a registration of an adapter, alone or in a mix."""
+        return self._open_under[ref]
+
     @property
-    def running_by_adapter(self) -> Counter[AdapterRef]:
-        """Running sequences under each registration of an adapter; one under a mix counts for each of its adapters."""
-        return Counter(ref for sequence in self._running for ref in sequence.request.weights)
+    def lookups(self) -> Counter[tuple[AdapterTier, str]]:
+        """How often adapters of sequences that came in were found in a tier, or not: see ``AdapterGate``."""
+        return self._admission.gate.lookups
 
     @property
     def prefix_hit_tokens(self) -> int:
@@ -164,6 +180,7 @@ class Scheduler:
         self._next_seq_id += generate.n
         self._num_live += generate.n
         self._requests[request.request_id] = request
+        self._open_under.update(request.weights.keys())
         self._admission.submit(request.sequences[0])
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -185,18 +202,17 @@ class Scheduler:
     def fail_all(self, error: LoraplexError) -> list[RequestFailed]:
         """End every request with an error and give up the steps in flight.
 
-        Adapters that they were to page in are dropped: their pages may hold anything.
+        Adapters that were being paged in are dropped: their pages may hold anything.
         """
-        ended, plans, self._in_flight = self._ended, self._in_flight, []
+        ended, self._in_flight = self._ended, []
         for sequence in ended:
-            self._release(sequence)
+            self._give_up_pages(sequence)
         failed = [self.fail(request_id, error) for request_id in list(self._requests)]
-        for page_in in [page_in for plan in plans for page_in in plan.page_ins]:
-            self._adapters.drop(page_in.identity)
+        self.page_ins.give_up()
         return [message for message in failed if message is not None]
 
     def schedule(self) -> StepPlan:
-        """Plan a step. A plan with chunks must be given to ``complete`` (or ``fail_all``) in its turn.
+        """Plan a step. Its page-ins are due in any case; one with chunks must be given to ``complete`` in its turn.
 
         The last one may be in flight meanwhile, unless it ``needs_completion``; it is completed before the next call.
         """
@@ -212,6 +228,8 @@ class Scheduler:
         fail = partial(self._fail_planned, plan)
         self._admission.poll_adapters(fail)
         self._admission.admit(plan, self._running, budget if may_enter else 0, fail, idle=not self._in_flight)
+        is_full = not may_enter or self._admission.blocked is not None
+        self.prefetcher.plan(plan, [] if is_full else self._admission.next_in_line(), reserve=len(self._running))
         if plan.chunks:
             self._in_flight.append(plan)
         return plan
@@ -243,6 +261,12 @@ class Scheduler:
         while not self._pool.make_room(missing):
             if any(self._kv.pages(ended.seq_id) or ended.pinned for ended in self._ended):
                 return False  # the step in flight gives them back
+            if len(self._running) == 1:
+                # What is on its way into the pool can be put out once it is there.
+                if not self._pool.make_room(missing, at_any_price=True):
+                    assert self.page_ins, "a sequence that runs alone always fits"
+                    return False
+                break
             victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -297,7 +321,7 @@ class Scheduler:
         assert plan is self._in_flight[0], "a plan that is not the first one under way"
         del self._in_flight[0]
         for sequence in plan.ended:
-            self._release(sequence)
+            self._give_up_pages(sequence)
         outputs: list[TokenOutput] = []
         page_tokens, running, finished = self._kv.page_tokens, SequenceState.RUNNING, SequenceState.FINISHED
         for chunk in plan.chunks:
@@ -348,26 +372,24 @@ class Scheduler:
         self._num_live -= 1
         request.num_live -= 1
         if request.num_live == 0:
-            del self._requests[request.request_id]
+            self._close(request)
         self._let_siblings_go(sequence)
         # The steps in flight still write and read this sequence's pages, and may still page its adapter in.
         if self._in_flight:
             self._in_flight[-1].ended.append(sequence)
         else:
-            self._release(sequence)
+            self._give_up_pages(sequence)
+
+    def _close(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        for ref in request.weights:
+            self._open_under[ref] -= 1
+            if not self._open_under[ref]:
+                del self._open_under[ref]
 
     @property
     def _ended(self) -> list[Sequence]:
         return [sequence for plan in self._in_flight for sequence in plan.ended]
-
-    def _release(self, sequence: Sequence) -> None:
-        self._give_up_pages(sequence)
-        request = sequence.request
-        request.num_unreleased -= 1
-        if request.num_unreleased == 0 and request.holds_adapters:
-            request.holds_adapters = False
-            for ref in request.weights:
-                self._directory.release_hold(ref)
 
     def _give_up_pages(self, sequence: Sequence) -> None:
         self._kv.release(sequence.seq_id, keep=self._config.prefix_caching)
@@ -389,30 +411,15 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """AssertionError where the owners of pages, the states of the sequences and the counts here disagree."""
-        for owner in (self._pool, self._kv, self._adapters):
-            owner.check_integrity()
-        owned = self._kv.num_pages + self._kv.prefixes.num_idle_pages + self._adapters.num_pages
-        assert self._pool.num_free + owned == self._pool.num_pages
-        assert self._pool.idle.num_pages == self._kv.prefixes.num_idle_pages + self._adapters.num_evictable_pages
+        check_pool(self._pool, self._kv, self._adapters)
         assert self._running == sorted(self._running, key=by_arrival)
         live = [sequence for request in self._requests.values() for sequence in request.sequences]
         live = [sequence for sequence in live if sequence.state is not SequenceState.FINISHED]
         assert len(live) == self._num_live
+        assert self._open_under == Counter(ref for request in self._requests.values() for ref in request.weights)
         running = [sequence for sequence in live if sequence.state is SequenceState.RUNNING]
         assert running == sorted(running, key=by_arrival) == self._running
         held_back = [sequence for request in self._requests.values() for sequence in request.held_back]
         waiting = sorted([*self._admission.waiting(), *held_back], key=by_arrival)
         assert waiting == sorted(set(live) - set(running), key=by_arrival)
-        self._check_ownership([*running, *self._ended], waiting)
-
-    def _check_ownership(self, owners: list[Sequence], waiting: list[Sequence]) -> None:
-        """Those who run, or ran until just now, own all that is owned."""
-        assert not any(self._kv.pages(sequence.seq_id) or sequence.pinned for sequence in waiting)
-        assert set(self._kv.sequences) <= {sequence.seq_id for sequence in owners}
-        for sequence in self._running:
-            assert not self._kv.missing_pages(sequence.seq_id, sequence.num_computed)
-            assert sequence.pinned == tuple(image.identity for image in sequence.request.images)
-        pins = Counter(identity for sequence in owners for identity in sequence.pinned)
-        assert pins == {
-            name: self._adapters.pins(name) for name in self._adapters.resident if self._adapters.pins(name)
-        }
+        check_ownership(self._kv, self._adapters, self.page_ins, running, self._ended, waiting)

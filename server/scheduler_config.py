@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_PREFETCHES = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
@@ -20,6 +22,7 @@ class SchedulerConfig:
         look_ahead: waiting sequences considered in one step.
         max_loading: adapters that may load at once for waiting requests; their images are held in the host store.
             The last mix of adapters to be let in may exceed it.
+        max_prefetches: adapters that may be on their way into the pool at once for sequences to come; 0 is none.
         prefix_caching: whether K/V of finished sequences is kept for others that begin alike. Choices of one request
             share their prompt in any case.
     """
@@ -33,10 +36,12 @@ class SchedulerConfig:
     max_passes: int = 64
     look_ahead: int = 64
     max_loading: int = 32
+    max_prefetches: int = MAX_PREFETCHES
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("max_model_len", "max_batch_tokens", "max_running", "max_waiting", "prefill_chunk"), 1)
-        for name, at_least in (least | {"look_ahead": 1, "max_loading": 1, "max_passes": 0}).items():
+        from_one = ("max_model_len", "max_batch_tokens", "max_running", "max_waiting", "prefill_chunk", "look_ahead")
+        least = dict.fromkeys((*from_one, "max_loading"), 1) | {"max_passes": 0, "max_prefetches": 0}
+        for name, at_least in least.items():
             if getattr(self, name) < at_least:
                 raise ValueError(f"{name} is at least {at_least}, not {getattr(self, name)}")

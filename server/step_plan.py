@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PageIn:
-    """An adapter image to copy into ``pages`` before the forward pass."""
+    """An adapter image to copy into ``pages``, before the forward pass if that reads it."""
 
     identity: str
     ref: AdapterRef
@@ -48,9 +48,10 @@ class PageIn:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: first the page-ins, then one forward pass over all chunks.
+    """One step: first the page-ins, some of them for later steps, then one forward pass over all chunks.
 
-    Without chunks there is nothing to do until a request comes, or an adapter that is waited for is no longer loading.
+    Without chunks there is nothing to compute until a request comes, or an adapter that is waited for is no longer
+    loading or on its way.
     ``failed`` are requests that ended while the step was planned; their clients are to be told. ``ended`` are sequences
     that ended while the step was the last one launched: what they own is given up when it is over.
     """

@@ -27,6 +27,8 @@ from loraplex.server.engine_build import build_engine
 from loraplex.server.engine_config import EngineConfig
 from loraplex.server.messages import (
     AdapterRef,
+    AdapterState,
+    AdapterStates,
     CallDone,
     CallFailed,
     Command,
@@ -286,6 +288,7 @@ class Driver:
         choices: by request id and index.
         failed: errors of requests.
         answers: of calls.
+        states: what was told last of a registration, by path and revision.
     """
 
     def __init__(self, engine: Engine, patience: float = 1.0) -> None:
@@ -294,6 +297,7 @@ class Driver:
         self.choices: dict[tuple[str, int], Choice] = defaultdict(Choice)
         self.failed: dict[str, ErrorInfo] = {}
         self.answers: dict[str, CallDone | CallFailed] = {}
+        self.states: dict[tuple[str, int], AdapterState] = {}
         self.aborted: set[str] = set()
 
     def generate(
@@ -308,6 +312,7 @@ class Driver:
         temperature: float = 0.0,
         ignore_eos: bool = True,
         return_routing: bool = False,
+        cache_salt: str = "",
         **params: Any,
     ) -> None:
         command = Generate(
@@ -318,6 +323,7 @@ class Driver:
             mix=tuple(mix),
             n=n,
             return_routing=return_routing,
+            cache_salt=cache_salt,
         )
         self.engine.handle(command)
 
@@ -331,6 +337,12 @@ class Driver:
             elif isinstance(event, CallDone | CallFailed):
                 assert event.call_id not in self.answers, "a call was answered twice"
                 self.answers[event.call_id] = event
+            elif isinstance(event, AdapterStates):
+                self.states.update({(state.path, state.revision): state for state in event.states})
+
+    def state(self, ref: AdapterRef) -> AdapterState:
+        """What the engine told last of a registration."""
+        return self.states[ref.path, ref.revision]
 
     def _take_outputs(self, batch: OutputBatch) -> None:
         for output in batch.outputs:

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from loraplex.server.errors import AdapterInvalidError
-from loraplex.server.messages import AdapterRef, CallDone, CallFailed, ListAdapters, LoadAdapter, UnloadAdapter
+from loraplex.server.messages import (
+    AdapterRef,
+    CallDone,
+    CallFailed,
+    LoadAdapter,
+    PinAdapter,
+    PrefetchAdapter,
+    RestoreAdapters,
+    RestoredAdapter,
+    UnloadAdapter,
+)
 
 Adapters = list[AdapterRef]
 PROMPT = [7, 8, 9, 10, 11]
@@ -22,41 +32,106 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return [rng.randrange(3, 300) for _ in range(length)]
 
 
-def test_calls_load_list_and_unload(llama: Any, make_engine: Any, hundred_adapters: Adapters) -> None:
+def test_calls_load_and_unload_and_clients_hear_where_the_adapter_is(
+    llama: Any, make_engine: Any, hundred_adapters: Adapters
+) -> None:
     driver, ref = make_engine(llama), hundred_adapters[1]
     driver.handle(LoadAdapter(call_id="load", adapter=ref))
     driver.run()
     loaded = driver.answers["load"].adapter
-    assert (loaded.name, loaded.rank, loaded.tier) == (ref.name, 4, "host")
-    assert loaded.targets == ["q_proj", "v_proj", "down_proj"]
+    assert (loaded.rank, loaded.targets) == (4, ["q_proj", "v_proj", "down_proj"])
+    assert driver.state(ref).tier == "host"
     driver.generate("r", PROMPT, ref)
     driver.run()
-    driver.handle(ListAdapters(call_id="list"))
-    driver.step()
-    assert [(info.name, info.tier) for info in driver.answers["list"].adapters] == [(ref.name, "pool")]
+    assert (driver.state(ref).tier, driver.state(ref).info) == ("pool", loaded)
     driver.handle(UnloadAdapter(call_id="unload", adapter=ref))
-    driver.handle(ListAdapters(call_id="empty"))
     driver.step()
     assert isinstance(driver.answers["unload"], CallDone)
-    assert driver.answers["empty"].adapters == []
     assert driver.engine.stats().pages_free == driver.engine.stats().pages_total
     driver.check_idle()
 
 
-def test_a_list_counts_the_sequences_that_run_under_each_adapter(
+def test_a_prefetched_adapter_is_in_the_pool_when_the_call_is_answered(
     llama: Any, make_engine: Any, hundred_adapters: Adapters
 ) -> None:
-    driver, busy, idle = make_engine(llama), hundred_adapters[1], hundred_adapters[2]
-    driver.generate("before", PROMPT, idle)
+    driver, ref = make_engine(llama), hundred_adapters[1]
+    driver.handle(PrefetchAdapter(call_id="host", adapter=ref, tier="host"))
     driver.run()
-    driver.generate("now", PROMPT, busy, n=3, max_tokens=50)
-    while driver.engine.stats().running < 3:
-        driver.step()
-    driver.handle(ListAdapters(call_id="list"))
-    driver.step()
-    running = {info.name: info.running for info in driver.answers["list"].adapters}
-    assert running == {busy.name: 3, idle.name: 0}
+    assert driver.state(ref).tier == "host"
+    driver.handle(PrefetchAdapter(call_id="pool", adapter=ref))
     driver.run()
+    assert driver.state(ref).tier == "pool"
+    driver.generate("r", PROMPT, ref)
+    driver.run()
+    assert driver.engine.stats().adapter_loads == driver.engine.stats().adapter_prefetches == 1
+    driver.check_idle()
+
+
+def test_pinned_adapters_stay_within_their_bound_until_they_are_unpinned(
+    llama: Any, make_engine: Any, hundred_adapters: Adapters
+) -> None:
+    driver, (first, *others) = make_engine(llama, pages=40, max_pinned_fraction=0.3), hundred_adapters[:30]
+    driver.handle(PinAdapter(call_id="pin", adapter=first))
+    driver.run()
+    assert driver.state(first).pinned
+    assert driver.state(first).tier == "pool"
+    for ref in others:
+        driver.handle(PinAdapter(call_id=ref.name, adapter=ref))
+    driver.run()
+    refused = [driver.answers[ref.name] for ref in others if isinstance(driver.answers[ref.name], CallFailed)]
+    assert {answer.error.code for answer in refused} == {"conflict"}
+    assert "max_pinned_fraction" in refused[0].error.message
+    assert 0 < driver.engine.stats().pages_pinned <= 12
+    for i, ref in enumerate(others):
+        driver.generate(f"r{i}", prompt_of(50, i), ref)
+    driver.run()
+    assert driver.engine.stats().adapter_evictions > 0
+    assert driver.state(first).tier == "pool", "it was never put out"
+    for ref in (first, *others):
+        driver.handle(PinAdapter(call_id=f"unpin {ref.name}", adapter=ref, pinned=False))
+    driver.run()
+    assert driver.engine.stats().pages_pinned == 0
+    assert not driver.state(first).pinned
+    driver.check_idle()
+
+
+def test_an_adapter_in_the_pool_is_not_read_again_though_the_host_has_it_no_more(
+    llama: Any, make_engine: Any, hundred_adapters: Adapters, tmp_path: Path
+) -> None:
+    driver = make_engine(llama)
+    driver.handle(LoadAdapter(call_id="size", adapter=hundred_adapters[2]))
+    driver.run()
+    num_bytes = max(driver.answers["size"].adapter.bytes, 1)
+    driver = make_engine(llama, host_adapter_bytes=3 * num_bytes)
+    folder = shutil.copytree(hundred_adapters[2].path, tmp_path / "mine")
+    ref = AdapterRef(name="mine", path=str(folder))
+    driver.generate("first", PROMPT, ref)
+    driver.run()
+    for i in range(20, 32):
+        driver.generate(f"other{i}", PROMPT, hundred_adapters[i])
+    driver.run()
+    shutil.rmtree(folder)
+    driver.generate("second", PROMPT, ref)
+    driver.run()
+    assert driver.tokens("second") == driver.tokens("first")
+
+
+def test_files_that_have_changed_are_not_served_under_the_old_registration(
+    llama: Any, make_engine: Any, hundred_adapters: Adapters, tmp_path: Path
+) -> None:
+    driver, folder = make_engine(llama, pages=12), shutil.copytree(hundred_adapters[5].path, tmp_path / "name")
+    ref = AdapterRef(name="name", path=str(folder))
+    driver.handle(
+        RestoreAdapters(adapters=[RestoredAdapter(adapter=ref, identity="0" * 64), RestoredAdapter(adapter=ref)])
+    )
+    driver.generate("r", PROMPT, ref)
+    driver.run()
+    assert driver.failed["r"].code == "adapter_invalid"
+    assert "changed" in driver.failed["r"].message
+    assert driver.state(ref).error is not None
+    driver.generate("new", PROMPT, AdapterRef(name="name", path=str(folder), revision=1))
+    driver.run()
+    assert driver.tokens("new")
     driver.check_idle()
 
 

@@ -51,10 +51,10 @@ async def test_the_inline_engine_serves_many_at_once(llama: Any, make_engine: An
         found = await asyncio.gather(*(collect(engine, command(str(i), ref)) for i, ref in enumerate(refs)))
         assert found == [driver.tokens(str(i)) for i in range(len(refs))]
         info = await engine.load_adapter(hundred_adapters[20])
-        assert info.name == hundred_adapters[20].name
-        assert len(await engine.list_adapters()) == 10
+        assert engine.adapters.state(hundred_adapters[20]).info == info
+        assert len(engine.adapters) == 10
         await engine.unload_adapter(hundred_adapters[20])
-        assert len(await engine.list_adapters()) == 9
+        assert len(engine.adapters) == 9
         with pytest.raises(AdapterInvalidError):
             await engine.load_adapter(AdapterRef(name="x", path="/nowhere"))
         with pytest.raises(AdapterInvalidError):

@@ -24,6 +24,8 @@ from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.adapter_spec import AdapterSpec
 from loraplex.memory.arena import page_shape
 from loraplex.server import engine_build
+from loraplex.server.adapter_calls import AdapterCalls
+from loraplex.server.adapter_reports import AdapterReports
 from loraplex.server.engine import Engine
 from loraplex.server.engine_config import EngineConfig, KernelsName
 from loraplex.server.host_directory import HostDirectory
@@ -101,7 +103,16 @@ class Harness:
         self._page_elems = pages.page_elems
         self.images = SharedImages()
         scheduler = Scheduler(parts.scheduler._config, parts.pool, parts.kv, parts.adapters, self.images)
-        self._parts = replace(parts, directory=cast(HostDirectory, self.images), scheduler=scheduler)
+        directory = cast(HostDirectory, self.images)
+        calls = AdapterCalls(directory, scheduler.prefetcher, 0, scheduler.num_open_under)
+        self._parts = replace(
+            parts,
+            directory=directory,
+            scheduler=scheduler,
+            calls=calls,
+            reports=AdapterReports(directory, parts.store, parts.adapters, calls, info.page_bytes),
+            history=None,
+        )
         self._runner = parts.runner
         self._steps = steps_of(parts.runner)
         self.engine = Engine(self._parts, stats_interval=1e9)
@@ -148,7 +159,7 @@ class Harness:
         """Forget adapters in the pool that nobody uses."""
         for ref in refs:
             self._parts.adapters.drop(ref.path)
-        self._runner.keep_only(self._parts.adapters.resident)
+        self._runner.forget([ref.path for ref in refs if not self._parts.adapters.is_resident(ref.path)])
 
     # Steps of chosen rows.
 

@@ -58,6 +58,9 @@ class _Layouts:
         spec: AdapterSpec = self.specs[ref.path]
         return self._model.resident(self._layouts[ref.path], spec, pages)
 
+    def is_at_hand(self, ref: AdapterRef) -> bool:
+        return True
+
     def hold(self, ref: AdapterRef) -> None:
         """Nothing leaves."""
 
@@ -164,6 +167,7 @@ def _run(
         planned = time.perf_counter()
         for page_in in plan.page_ins:
             resident[page_in.identity] = directory.enter(page_in.ref, page_in.pages)
+            scheduler.page_ins.end(page_in.identity)
         entered = time.perf_counter()
         prepared = maker.make(plan.chunks, resident)
         made = time.perf_counter()

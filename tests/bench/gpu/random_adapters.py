@@ -81,4 +81,4 @@ def random_image(
         stop = place.start + place.num_experts * place.stride
         rows = chunks[router.layer].view(torch.float32)[place.start : stop]
         rows.copy_(torch.randn(rows.shape, generator=generator) * place.in_features**-0.5)
-    return AdapterImage(spec.identity, spec.kind, layout, data, spec.routing)
+    return AdapterImage(spec.identity, spec.kind, layout, (data,), spec.routing)

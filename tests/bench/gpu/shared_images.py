@@ -8,7 +8,7 @@ import checkout  # noqa: F401  (before anything of loraplex)
 
 from loraplex.memory.adapter_image import AdapterImage
 from loraplex.server.adapter_directory import AdapterReady
-from loraplex.server.messages import AdapterInfo, AdapterRef
+from loraplex.server.messages import AdapterRef
 
 
 class SharedImages:
@@ -41,8 +41,14 @@ class SharedImages:
     def is_full_of(self, refs: Collection[AdapterRef]) -> bool:
         return False
 
-    def infos(self, running: Mapping[AdapterRef, int]) -> list[AdapterInfo]:
-        return []
+    def is_at_hand(self, ref: AdapterRef) -> bool:
+        return True
+
+    def keys_of(self, identity: str) -> Collection[tuple[str, int]]:
+        return ()
+
+    def content_of(self, identity: str) -> None:
+        """Nothing is told of them."""
 
     def by_name(self, counts: Mapping[str, list[int]]) -> dict[str, list[int]]:
         return dict(counts)

@@ -48,6 +48,9 @@ class Directory:
         self.lookups.append(ref.name)
         return self.status.get(ref.name, AdapterReady(ref.name, 2))
 
+    def is_at_hand(self, ref: AdapterRef) -> bool:
+        return isinstance(self.status.get(ref.name, AdapterReady(ref.name, 2)), AdapterReady)
+
     def hold(self, ref: AdapterRef) -> None:
         self.holds[ref.name] += 1
 
@@ -89,6 +92,7 @@ class Rig:
         n: int = 1,
         max_tokens: int = 8,
         return_routing: bool = False,
+        cache_salt: str = "",
         **params: object,
     ) -> None:
         self._added += 1
@@ -103,10 +107,17 @@ class Rig:
                 mix=tuple(WeightedAdapter(adapter=ref(part), weight=weight) for part, weight in (mix or {}).items()),
                 n=n,
                 return_routing=return_routing,
+                cache_salt=cache_salt,
             )
         )
 
+    def arrive(self) -> None:
+        """What is on its way into the pool gets there."""
+        for identity in self.scheduler.page_ins.under_way:
+            self.scheduler.page_ins.end(identity)
+
     def complete(self, plan: StepPlan, token: int = TOKEN) -> list[TokenOutput]:
+        self.arrive()
         results = {chunk.sequence.seq_id: SampledToken(token) for chunk in plan.chunks if chunk.samples}
         logprobs = {
             chunk.sequence.seq_id: [

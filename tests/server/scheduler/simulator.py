@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from loraplex.memory.adapter_cache import AdapterCache
+from loraplex.memory.arrival_rates import ArrivalRates
+from loraplex.memory.eviction_order import LruOrder, ValueOrder
 from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
+from loraplex.memory.prefix_cache import PrefixCache
 from loraplex.server.adapter_directory import AdapterFailed, AdapterLoading, AdapterReady, AdapterStatus
 from loraplex.server.errors import AdapterInvalidError, LoraplexError
 from loraplex.server.messages import (
@@ -21,8 +24,8 @@ from loraplex.server.messages import (
     TokenLogprob,
     TokenOutput,
 )
-from loraplex.server.request import NEVER, SequenceState, choice_seed, invocation_start
-from loraplex.server.scheduler import Chunk, SampledToken, Scheduler, SchedulerConfig, StepPlan
+from loraplex.server.request import NEVER, AdapterPages, SequenceState, choice_seed, invocation_start
+from loraplex.server.scheduler import Chunk, PageIn, SampledToken, Scheduler, SchedulerConfig, StepPlan
 
 PAGE_TOKENS = 4
 VOCABULARY = 11
@@ -96,6 +99,9 @@ class LateDirectory:
         assert self.holds[ref], "looked up without a hold"
         return self.status.setdefault(ref, AdapterLoading())
 
+    def is_at_hand(self, ref: AdapterRef) -> bool:
+        return isinstance(self.status.get(ref), AdapterReady)
+
     def hold(self, ref: AdapterRef) -> None:
         self.holds[ref] += 1
 
@@ -116,6 +122,9 @@ class LateDirectory:
     def finish(self, ref: AdapterRef) -> None:
         adapter = self.adapters[ref.name]
         self.status[ref] = AdapterReady(self.identity(ref), adapter.pages, adapter.invocation, adapter.mix_problem)
+
+    def pages_of(self, name: str) -> AdapterPages:
+        return AdapterPages(self.identity(ref(name)), ref(name), self.adapters[name].pages)
 
     def fail(self, ref: AdapterRef) -> None:
         self.status[ref] = AdapterFailed(AdapterInvalidError("broken"))
@@ -153,7 +162,8 @@ class Device:
     def __init__(self, directory: LateDirectory) -> None:
         self.directory = directory
         self.content: dict[int, list[object]] = {}
-        self.queue: list[Launched | list[int]] = []
+        self.queue: list[Launched | list[int] | tuple[PageIn, ...]] = []
+        self.arrived: list[str] = []
         self.sampled: dict[int, tuple[int, int]] = {}
 
     def poison(self, pages: list[int]) -> None:
@@ -164,18 +174,34 @@ class Device:
             work = self.queue.pop(0)
             if work is launched:
                 return self._run(launched)
-            assert isinstance(work, list), "steps are taken out of their order"
-            for page in work:
-                self.content[page] = [float("nan")] * PAGE_TOKENS
+            self._do(work)
 
-    def give_up_steps(self) -> None:
-        self.queue = [work for work in self.queue if isinstance(work, list)]
+    def run_rest(self) -> None:
+        """Do what no step in flight is behind."""
+        while self.queue and not isinstance(self.queue[0], Launched):
+            self._do(self.queue.pop(0))
 
-    def _run(self, launched: Launched) -> Results:
-        for page_in in launched.plan.page_ins:
+    def _do(self, work: Launched | list[int] | tuple[PageIn, ...]) -> None:
+        assert not isinstance(work, Launched), "steps are taken out of their order"
+        if isinstance(work, tuple):
+            self._page_in(work)
+            return
+        for page in work:
+            self.content[page] = [float("nan")] * PAGE_TOKENS
+
+    def _page_in(self, page_ins: Iterable[PageIn]) -> None:
+        for page_in in page_ins:
             assert self.directory.holds[page_in.ref], "the image may be gone"
             for at, page in enumerate(page_in.pages):
                 self.content[page] = [(page_in.identity, at)]
+            self.arrived.append(page_in.identity)
+
+    def give_up_steps(self) -> None:
+        self.queue = [work for work in self.queue if isinstance(work, list)]
+        self.arrived = []
+
+    def _run(self, launched: Launched) -> Results:
+        self._page_in(launched.plan.page_ins)
         states = [self._states(row) for row in launched.rows]
         for row, found in zip(launched.rows, states, strict=True):
             for position in range(row.chunk.start, row.chunk.stop):
@@ -220,6 +246,7 @@ class Engine:
         adapters: by name.
         config: limits.
         ahead: whether ``step`` plans the next step before the last one is done.
+        by_value: whether what is idle goes by its worth, which changes with what it takes to make it again.
     """
 
     def __init__(
@@ -229,16 +256,22 @@ class Engine:
         config: SchedulerConfig = CONFIG,
         *,
         ahead: bool = False,
+        by_value: bool = False,
     ) -> None:
         self.config = config
         self.ahead = ahead
         self.now = 0.0
         self.directory = LateDirectory(adapters)
         self.device = Device(self.directory)
-        self.pool = PagePool(num_pages, on_release=self.device.poison)
-        self.kv = KvCache(self.pool, PAGE_TOKENS)
-        self.adapters = AdapterCache(self.pool)
-        self.scheduler = Scheduler(config, self.pool, self.kv, self.adapters, self.directory, clock=lambda: self.now)
+        clock = lambda: self.now  # noqa: E731
+        rates = ArrivalRates(5.0, clock=clock) if by_value else None
+        order = ValueOrder() if by_value else LruOrder()
+        self.pool = PagePool(num_pages, on_release=self.device.poison, order=order)
+        self.kv = KvCache(self.pool, PAGE_TOKENS, PrefixCache(self.pool, rates, lambda: 1.0 + self.now % 7))
+        self.adapters = AdapterCache(self.pool, rates)
+        self.scheduler = Scheduler(
+            config, self.pool, self.kv, self.adapters, self.directory, clock, rates.note if rates else None
+        )
         self.device.poison(list(range(num_pages)))
         self.in_flight: list[Launched] = []
         self.may_plan = True
@@ -288,11 +321,14 @@ class Engine:
     def plan(self) -> StepPlan:
         assert self.can_plan
         self.now += 0.1
+        self.device.run_rest()
+        self._note_arrivals()
         plan = self.scheduler.schedule()
         self.note_failures(plan.failed)
         if not self.in_flight:
-            assert plan.chunks or not self.scheduler.num_running
-            assert plan.chunks or not self.scheduler.has_work or self.scheduler.waiting_adapters
+            waits = bool(self.scheduler.page_ins) or not self.scheduler.has_work
+            assert plan.chunks or waits or not self.scheduler.num_running
+            assert plan.chunks or waits or self.scheduler.waiting_adapters
         for launched in self.in_flight:
             launched.given_up |= {
                 row.chunk.sequence.seq_id for row in launched.rows if row.chunk.sequence.state is SequenceState.WAITING
@@ -304,9 +340,16 @@ class Engine:
             launched = Launched(plan, [self._row(chunk) for chunk in plan.chunks])
             self.in_flight.append(launched)
             self.device.queue.append(launched)
+        elif plan.page_ins:
+            self.device.queue.append(tuple(plan.page_ins))
         assert plan.num_tokens <= self.config.max_batch_tokens
         assert all(0 < chunk.stop - chunk.start <= self.config.prefill_chunk for chunk in plan.chunks)
         return plan
+
+    def _note_arrivals(self) -> None:
+        arrived, self.device.arrived = self.device.arrived, []
+        for identity in arrived:
+            self.scheduler.page_ins.end(identity)
 
     def _row(self, chunk: Chunk) -> Row:
         sequence = chunk.sequence
@@ -370,7 +413,6 @@ class Engine:
                 assert len(self.kv.pages(sequence.seq_id)) >= len(row.pages)
                 assert set(row.adapter_pages) <= set(sequence.pinned)
                 assert all(self.adapters.pages(name) == pages for name, pages in row.adapter_pages.items())
-                assert all(self.directory.holds[ref] for ref in sequence.request.weights)
 
     def drain(self, limit: int = 5000) -> None:
         for _ in range(limit):
@@ -380,6 +422,8 @@ class Engine:
                 break
             self.step()
         assert not self.scheduler.has_work, "no progress"
+        self.device.run_rest()
+        self._note_arrivals()
 
     def check_that_all_is_over(self) -> None:
         assert self.open_choices == []
@@ -387,6 +431,8 @@ class Engine:
             assert sum(output.finish_reason is not None for output in outputs) <= 1
             if (name, index) not in self.aborted and name not in self.failures:
                 self._check_choice(self.accepted[name], index, outputs)
+        for name in self.directory.adapters:
+            self.scheduler.prefetcher.unkeep(self.directory.identity(ref(name)))
         assert self.scheduler.num_running == self.scheduler.num_waiting == self.kv.num_pages == 0
         assert self.adapters.num_evictable_pages == self.adapters.num_pages
         assert self.config.prefix_caching or not self.kv.prefixes.num_pages

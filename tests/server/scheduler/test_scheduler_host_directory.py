@@ -14,6 +14,7 @@ from loraplex.memory.adapter_spec import FFN, AdapterSpec, BaseShape, LowRankPai
 from loraplex.memory.adapter_store import AdapterStore
 from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
+from loraplex.server import host_directory
 from loraplex.server.adapter_directory import AdapterReady
 from loraplex.server.host_directory import HostDirectory
 from loraplex.server.messages import AdapterRef, Generate, SamplingParams, WeightedAdapter
@@ -63,11 +64,16 @@ class Host:
         assert isinstance(status, AdapterReady)
         return status
 
+    def arrive(self) -> None:
+        for identity in self.scheduler.page_ins.under_way:
+            self.scheduler.page_ins.end(identity)
+
     def step(self) -> list[str] | None:
         """Requests that ended in one step; None where nothing did."""
         plan = self.scheduler.schedule()
         self.failed |= {message.request_id: message.error.name for message in plan.failed}
         results = {chunk.sequence.seq_id: SampledToken(1) for chunk in plan.chunks}
+        self.arrive()
         ended = [output.request_id for output in self.scheduler.complete(plan, results)]
         self.scheduler.check_integrity()
         return [*ended, *(message.request_id for message in plan.failed)] or None
@@ -113,15 +119,52 @@ def test_the_scheduler_hears_where_adapters_begin_and_which_cannot_be_mixed(
     assert (status.invocation, status.mix_problem) == (invocation, problem)
 
 
-def test_the_list_tells_the_number_of_experts_and_leaves_out_what_was_merged(
+def test_clients_hear_the_number_of_experts_and_nothing_of_what_was_merged(
     make_host: Callable[[int], Host],
 ) -> None:
     host = make_host(20)
     for path in ("plain", "ffn", "merged:{}"):
         host.ready(path)
-    assert {info.name: info.num_experts for info in host.directory.infos({})} == {"plain": 0, "ffn": 3}
-    host.directory.forget(ref("merged:{}"))
+    states = [host.directory.state((path, 0), pinned=False) for path in ("plain", "ffn")]
+    assert [(state.tier, state.info.num_experts) for state in states if state.info] == [("host", 0), ("host", 3)]
     assert host.directory.info(ref("merged:{}")) is None
+    assert host.directory.ref_of(host.ready("merged:{}").identity) is None
+
+
+def test_what_lies_in_the_pool_is_at_hand_though_the_host_has_it_no_more(make_host: Callable[[int], Host]) -> None:
+    host = make_host(1)
+    status = host.ready("a")
+    host.scheduler.add(Generate(request_id="r", prompt_ids=[1], params=SamplingParams(max_tokens=1), adapter=ref("a")))
+    assert host.step() == ["r"]
+    host.arrive()
+    host.ready("b")
+    assert not host.store.holds(status.identity)
+    assert host.directory.is_at_hand(ref("a"))
+    assert host.directory.lookup(ref("a")) == status
+    assert host.directory.state(("a", 0), pinned=False).tier == "pool"
+    assert host.directory.state(("b", 0), pinned=False).tier == "host"
+
+
+def test_only_so_many_merges_are_remembered(make_host: Callable[[int], Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_directory, "_MAX_MERGES", 2)
+    host = make_host(20)
+    for number in range(4):
+        host.ready(f"merged:{number}")
+    assert [host.store.content(f"merged:{number}", 0) is None for number in range(4)] == [True, True, False, False]
+
+
+def test_a_registration_that_is_kept_stays_until_it_is_forgotten(make_host: Callable[[int], Host]) -> None:
+    host = make_host(1)
+    host.directory.hold(ref("a"))
+    status = host.ready("a")
+    host.directory.keep(ref("a"))
+    host.store.request("b", 0)
+    wait_until(lambda: host.store.stats.waiting_for_room == 1)
+    assert host.directory.is_at_hand(ref("a"))
+    host.directory.release_hold(ref("a"))
+    host.directory.forget(ref("a"))
+    host.ready("b")
+    assert not host.store.holds(status.identity)
 
 
 def test_a_mix_that_the_host_can_never_hold_fails_and_others_go_on(make_host: Callable[[int], Host]) -> None:

@@ -23,6 +23,7 @@ from loraplex.server.messages import Generate, SamplingParams, WeightedAdapter
 
 NAMES = ["a", "b", "alias of b", "c", "d", "e", "huge", "activated", "mixture"]
 MIXED = ["a", "b", "alias of b", "c", "d", "mixture"]
+SMALL = ["a", "b", "alias of b", "c"]
 VOCABULARY = 11
 
 
@@ -36,10 +37,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.simulator = simulator
         self.engine: Any = None
 
-    @initialize(num_pages=st.integers(4, 24), prefix_caching=st.sampled_from([True, True, True, False]))
-    def start(self, num_pages: int, prefix_caching: bool) -> None:
+    @initialize(
+        num_pages=st.integers(4, 24),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+        by_value=st.booleans(),
+    )
+    def start(self, num_pages: int, prefix_caching: bool, by_value: bool) -> None:
         config = replace(self.simulator.CONFIG, prefix_caching=prefix_caching)
-        self.engine = self.simulator.Engine(num_pages, config=config, ahead=self.ahead)
+        self.engine = self.simulator.Engine(num_pages, config=config, ahead=self.ahead, by_value=by_value)
         self.count = 0
 
     @rule(
@@ -55,6 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         prompt_logprobs=st.sampled_from([None, None, 0]),
         return_routing=st.booleans(),
+        cache_salt=st.sampled_from(["", "", "salt"]),
     )
     def add(
         self,
@@ -70,6 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos: bool,
         prompt_logprobs: int | None,
         return_routing: bool,
+        cache_salt: str,
     ) -> None:
         self.count += 1
         ref = self.simulator.ref
@@ -93,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 mix=tuple(WeightedAdapter(adapter=ref(name, revision), weight=weight) for name, weight in mix),
                 n=n,
                 return_routing=return_routing,
+                cache_salt=cache_salt,
             )
         )
 
@@ -138,6 +146,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def evict_from_the_host(self) -> None:
         self.engine.directory.forget_unheld()
+
+    @rule(name=st.sampled_from(SMALL))
+    def ask_for(self, name: str) -> None:
+        self.engine.scheduler.prefetcher.ask(self.engine.directory.pages_of(name))
+
+    @rule(name=st.sampled_from(SMALL), kept=st.booleans())
+    def keep_in_the_pool(self, name: str, kept: bool) -> None:
+        prefetcher, image = self.engine.scheduler.prefetcher, self.engine.directory.pages_of(name)
+        if not kept:
+            prefetcher.unkeep(image.identity)
+        elif image.num_pages <= self.engine.pool.num_pages:
+            prefetcher.keep(image)
 
     @rule(name=st.sampled_from(NAMES))
     def drop_from_the_pool(self, name: str) -> None:

@@ -184,8 +184,9 @@ def test_pages_of_an_aborted_sequence_stay_until_its_step_is_over(make_rig: Make
     rig.scheduler.abort("r", index)
     rig.scheduler.check_integrity()
     assert rig.kv.pages(0)
-    assert rig.adapters.pins("a") == 1
     assert rig.directory.holds["a"] == 1
+    rig.arrive()
+    assert rig.adapters.pins("a") == 1
     assert [output.request_id for output in rig.complete(plan)] == ["s"]
     assert not rig.kv.pages(0)
     assert rig.adapters.num_evictable_pages == 2
