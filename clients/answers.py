@@ -54,6 +54,7 @@ def adapter(response: httpx2.Response) -> Adapter:
 def adapter_object(item: Json) -> Adapter:
     """An adapter of a list."""
     targets = item.get("targets")
+    error = item.get("error")
     return Adapter(
         name=item["id"],
         path=item["path"],
@@ -61,6 +62,11 @@ def adapter_object(item: Json) -> Adapter:
         created=item.get("created"),
         revision=item.get("revision"),
         tier=item.get("tier"),
+        state=item.get("state"),
+        error=None if error is None else error["message"],
+        source=item.get("source"),
+        pinned=bool(item.get("pinned")),
+        tags=tuple(item.get("tags") or ()),
         identity=item.get("identity"),
         kind=item.get("kind"),
         rank=item.get("rank"),

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx2
 
 from loraplex.clients import answers
+from loraplex.clients.adapter_options import (
+    ChangeOptions,
+    ListOptions,
+    LoadOptions,
+    change_fields,
+    list_params,
+    load_fields,
+    upload_files,
+    upload_form,
+)
 from loraplex.clients.options import AdapterId, CompletionOptions, GenerationOptions, chat_body, completion_body
 from loraplex.clients.types import Adapter, Completion, Json, Model, Page, StreamEvent
 
@@ -29,12 +41,16 @@ class Ask:
     Attributes:
         path: below the server's URL, quoted.
         body: sent as JSON.
+        form: sent as a form, with the files.
+        files: on this machine, by the names of their parts; read while they are sent.
         timeout: seconds, where it is to be shorter than the client's.
     """
 
     method: str
     path: str
     body: Json | None = None
+    form: Mapping[str, str] | None = None
+    files: Mapping[str, Path] | None = None
     params: Mapping[str, str | int] | None = None
     repeat: Repeat = "always"
     timeout: float | None = None
@@ -84,15 +100,37 @@ def stream_chat(
     return StreamCall(_streamed(chat(messages, adapter_id, options).ask), answers.chat_chunk)
 
 
-def load_adapter(name: str, path: str, *, replacing: bool) -> Call[None]:
+def load_adapter(name: str, path: str, options: LoadOptions) -> Call[Adapter]:
     """Loading the same name and path again does no harm, so that this may be repeated."""
-    body = {"lora_name": name, "lora_path": path, "load_inplace": replacing}
-    return Call(Ask(method="POST", path="/v1/load_lora_adapter", body=body), answers.nothing)
+    body = {"id": name, "path": path, **load_fields(options)}
+    return Call(Ask(method="POST", path="/v1/adapters", body=body), answers.adapter)
 
 
-def unload_adapter(name: str) -> Call[None]:
+def upload_adapter(name: str, path: str | PathLike[str], options: LoadOptions) -> Call[Adapter]:
+    """Sending the same files again does no harm, either."""
+    form = {"id": name, **upload_form(options)}
+    return Call(Ask(method="POST", path="/v1/adapters", form=form, files=upload_files(path)), answers.adapter)
+
+
+def change_adapter(name: str, options: ChangeOptions) -> Call[Adapter]:
+    """``Client.change_adapter``."""
+    return Call(Ask(method="PATCH", path=_adapter_path(name), body=change_fields(options)), answers.adapter)
+
+
+def pin_adapter(name: str, *, pinned: bool) -> Call[Adapter]:
+    """``Client.pin_adapter`` and ``unpin_adapter``."""
+    return Call(Ask(method="POST", path=f"{_adapter_path(name)}/{'pin' if pinned else 'unpin'}"), answers.adapter)
+
+
+def prefetch_adapter(name: str, tier: str) -> Call[Adapter]:
+    """``Client.prefetch_adapter``."""
+    return Call(Ask(method="POST", path=f"{_adapter_path(name)}/prefetch", body={"tier": tier}), answers.adapter)
+
+
+def unload_adapter(name: str, *, delete_files: bool | None) -> Call[None]:
     """Repeated after it was carried out, it would fail with AdapterNotFound."""
-    return Call(Ask(method="DELETE", path=_adapter_path(name), repeat="unless_sent"), answers.nothing)
+    params = None if delete_files is None else {"delete_files": str(delete_files).lower()}
+    return Call(Ask(method="DELETE", path=_adapter_path(name), params=params, repeat="unless_sent"), answers.nothing)
 
 
 def get_adapter(name: str) -> Call[Adapter]:
@@ -100,9 +138,9 @@ def get_adapter(name: str) -> Call[Adapter]:
     return Call(Ask(method="GET", path=_adapter_path(name)), answers.adapter)
 
 
-def adapters_page(after: str | None) -> Call[Page[Adapter]]:
+def adapters_page(after: str | None, options: ListOptions) -> Call[Page[Adapter]]:
     """A page of ``Client.list_adapters``, from the name after ``after`` on."""
-    ask = Ask(method="GET", path="/v1/adapters", params=_after(after))
+    ask = Ask(method="GET", path="/v1/adapters", params=_after(after) | list_params(options))
     return Call(ask, answers.page_of(answers.adapter_object, "id"))
 
 

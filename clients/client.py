@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from os import PathLike, fspath
 from time import sleep
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack
 
 import httpx2
 
 from loraplex.clients import calls
+from loraplex.clients.adapter_options import ChangeOptions, ListOptions, LoadOptions
 from loraplex.clients.calls import Ask, Call, StreamCall
 from loraplex.clients.connection import DEFAULT_TIMEOUT, DEFAULT_URL, Connection
 from loraplex.clients.errors import NOT_HEALTHY, LoraplexClientError
@@ -100,22 +102,41 @@ class Client:
         """``chat``, piece by piece as it comes."""
         return Stream(self._events(calls.stream_chat(messages, adapter_id, options)))
 
-    def load_adapter(self, name: str, path: str | PathLike[str], *, replace: bool = False) -> Adapter:
-        """Verify and register an adapter from a folder on the server.
+    def load_adapter(self, name: str, path: str | PathLike[str], **options: Unpack[LoadOptions]) -> Adapter:
+        """Verify and register an adapter from a folder on the server, or from a remote source that it allows."""
+        return self._send(calls.load_adapter(name, fspath(path), options))
+
+    def upload_adapter(self, name: str, path: str | PathLike[str], **options: Unpack[LoadOptions]) -> Adapter:
+        """Send an adapter from this machine, a folder or an archive of one, and register it once it was verified."""
+        return self._send(calls.upload_adapter(name, path, options))
+
+    def change_adapter(self, name: str, **options: Unpack[ChangeOptions]) -> Adapter:
+        """Give an adapter other tags, pin it or not, or move its name to another content in place."""
+        return self._send(calls.change_adapter(name, options))
+
+    def pin_adapter(self, name: str) -> Adapter:
+        """Bring an adapter into the pool and keep it there."""
+        return self._send(calls.pin_adapter(name, pinned=True))
+
+    def unpin_adapter(self, name: str) -> Adapter:
+        """Keep an adapter in the pool no longer than is of use."""
+        return self._send(calls.pin_adapter(name, pinned=False))
+
+    def prefetch_adapter(self, name: str, tier: Literal["host", "pool"] = "pool") -> Adapter:
+        """Bring an adapter up to the pool, or only to the server's memory, before anybody asks for it."""
+        return self._send(calls.prefetch_adapter(name, tier))
+
+    def unload_adapter(self, name: str, *, delete_files: bool | None = None) -> None:
+        """Forget an adapter; requests that use it finish.
 
         Args:
-            replace: also if the name stands for another folder; else that is a Conflict.
+            delete_files: by default those of an upload are deleted; others never are.
         """
-        self._send(calls.load_adapter(name, fspath(path), replacing=replace))
-        return self.get_adapter(name)
+        self._send(calls.unload_adapter(name, delete_files=delete_files))
 
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; requests that use it finish."""
-        self._send(calls.unload_adapter(name))
-
-    def list_adapters(self) -> Iterator[Adapter]:
-        """All adapters in order of their names, fetched page by page."""
-        return self._pages(calls.adapters_page)
+    def list_adapters(self, **options: Unpack[ListOptions]) -> Iterator[Adapter]:
+        """All adapters, or those that the options tell of, in order of their names, fetched page by page."""
+        return self._pages(lambda after: calls.adapters_page(after, options))
 
     def get_adapter(self, name: str) -> Adapter:
         """One adapter; AdapterNotFound if there is none of that name."""
@@ -174,9 +195,9 @@ class Client:
             attempt += 1
 
     def _attempt(self, ask: Ask, *, stream: bool) -> httpx2.Response:
-        request = self._http.build_request(**self._connection.request_options(ask))
-        with connection_errors():
-            response = self._http.send(request, stream=stream)
+        with ExitStack() as opened, connection_errors():
+            options = self._connection.request_options(ask, opened)
+            response = self._http.send(self._http.build_request(**options), stream=stream)
             if response.is_success:
                 return response
             try:

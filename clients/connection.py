@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import ssl
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import httpx2
 
@@ -55,11 +57,19 @@ class Connection:
             options["verify"] = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         return options
 
-    def request_options(self, ask: Ask) -> dict[str, Any]:
-        """Arguments that make a request of what is asked."""
+    def request_options(self, ask: Ask, opened: ExitStack) -> dict[str, Any]:
+        """Arguments that make a request of what is asked. Files are read while it is sent, and closed with ``opened``.
+
+        Raises:
+            InvalidConfiguration: a file cannot be read.
+        """
         options: dict[str, Any] = {"method": ask.method, "url": ask.path, "params": ask.params}
         if ask.body is not None:
             options["json"] = ask.body
+        if ask.form is not None:
+            options["data"] = ask.form
+        if ask.files is not None:
+            options["files"] = {name: (path.name, _open(path, opened)) for name, path in ask.files.items()}
         if ask.timeout is not None:
             options["timeout"] = self._limits(min(ask.timeout, self.timeout or ask.timeout))
         return options
@@ -67,6 +77,13 @@ class Connection:
     def _limits(self, seconds: float | None) -> httpx2.Timeout:
         connect = CONNECT_SECONDS if seconds is None else min(CONNECT_SECONDS, seconds)
         return httpx2.Timeout(seconds, connect=connect)
+
+
+def _open(path: Path, opened: ExitStack) -> IO[bytes]:
+    try:
+        return opened.enter_context(path.open("rb"))
+    except OSError as error:
+        raise _invalid("path", f"{path} cannot be read: {error.strerror}; accepted is a file") from error
 
 
 def _checked_url(base_url: str) -> str:

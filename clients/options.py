@@ -29,6 +29,7 @@ class GenerationOptions(TypedDict, total=False):
         ignore_eos: go on to ``max_tokens`` whatever the model says.
         min_tokens: fewest tokens before a choice may end.
         return_routing: tell which experts the routers of the adapter chose for each token.
+        cache_salt: only requests of the same salt begin with what the server has kept of each other's prompts.
         extra: further fields of the body, as they are; they win over all others.
     """
 
@@ -48,6 +49,7 @@ class GenerationOptions(TypedDict, total=False):
     ignore_eos: bool | None
     min_tokens: int | None
     return_routing: bool | None
+    cache_salt: str | None
     extra: Mapping[str, Any] | None
 
 

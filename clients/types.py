@@ -131,6 +131,10 @@ class Adapter:
         created: when it was registered, in Unix seconds.
         revision: counts the registrations.
         tier: where its weights are now: "disk", "host" or "pool".
+        state: "registered" (never read), "loading", "ready" or "failed" (the last time it was read).
+        error: why it could not be read the last time.
+        source: "file" for a folder, "upload", or the kind of remote source: "s3", "gs", "az" or "hf".
+        pinned: whether it is kept in the pool.
         identity: hash of what it computes; equal for equal adapters, whatever their names.
         num_experts: 0 for an adapter without a router.
         targets: adapted matrices.
@@ -146,6 +150,11 @@ class Adapter:
     created: int | None = None
     revision: int | None = None
     tier: str | None = None
+    state: str | None = None
+    error: str | None = None
+    source: str | None = None
+    pinned: bool = False
+    tags: tuple[str, ...] = ()
     identity: str | None = None
     kind: str | None = None
     rank: int | None = None

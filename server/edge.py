@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraplex.server.adapter_admin import AdapterAdmin
 from loraplex.server.adapter_registry import AdapterRegistry
+from loraplex.server.adapter_uploads import AdapterUploads
 from loraplex.server.engine_client import EngineClient
 from loraplex.server.generation_job import JobMaker
 from loraplex.server.http_config import HttpConfig
@@ -20,6 +22,8 @@ class Edge:
     config: HttpConfig
     engine: EngineClient
     registry: AdapterRegistry
+    admin: AdapterAdmin
+    uploads: AdapterUploads
     tokenizer: TextTokenizer
     lifecycle: Lifecycle
     metrics: ServerMetrics

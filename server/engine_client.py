@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Literal, Protocol
 
-from loraplex.server.messages import AdapterInfo, AdapterRef, EngineInfo, EngineStats, Generate, TokenOutput
+from loraplex.server.adapter_view import AdapterView
+from loraplex.server.messages import (
+    AdapterInfo,
+    AdapterRef,
+    EngineInfo,
+    EngineStats,
+    Generate,
+    RestoredAdapter,
+    TokenOutput,
+)
 
 EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
 StatsCallback = Callable[[EngineStats], None]
+Restore = Callable[[], list[RestoredAdapter]]
+"""What a new engine is to know of the registrations."""
+
+TargetTier = Literal["host", "pool"]
 
 
 class EngineClient(Protocol):
@@ -22,6 +35,11 @@ class EngineClient(Protocol):
 
     @property
     def state(self) -> EngineState: ...
+
+    @property
+    def adapters(self) -> AdapterView:
+        """Where the registered adapters have come to."""
+        ...
 
     @property
     def on_stats(self) -> list[StatsCallback]:
@@ -44,8 +62,33 @@ class EngineClient(Protocol):
         """One choice is over for the client; the generator counts it as finished."""
         ...
 
-    async def load_adapter(self, ref: AdapterRef) -> AdapterInfo: ...
+    def running(self, ref: AdapterRef) -> int:
+        """Open requests of a registration, those that wait for it among them."""
+        ...
 
-    async def unload_adapter(self, ref: AdapterRef) -> None: ...
+    def restore_from(self, restore: Restore) -> None:
+        """Tell the engine that runs, and every later one before anything else, what ``restore`` returns then.
 
-    async def list_adapters(self) -> list[AdapterInfo]: ...
+        To be called in the event loop.
+        """
+        ...
+
+    async def load_adapter(self, ref: AdapterRef) -> AdapterInfo:
+        """Read and verify an adapter. LoraplexError where it cannot be served."""
+        ...
+
+    async def unload_adapter(self, ref: AdapterRef) -> None:
+        """Forget a registration; its running requests finish."""
+        ...
+
+    async def pin_adapter(self, ref: AdapterRef, pinned: bool) -> AdapterInfo | None:
+        """Bring an adapter into the pool and keep it there, or keep it no longer.
+
+        Returns:
+            What it is; None where it is let go and was never read.
+        """
+        ...
+
+    async def prefetch_adapter(self, ref: AdapterRef, tier: TargetTier) -> AdapterInfo:
+        """Bring an adapter up to a tier, without keeping it there."""
+        ...

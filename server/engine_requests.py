@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable
 
 from loraplex.server.errors import LoraplexError
@@ -45,9 +46,13 @@ class EngineRequests:
 
     Args:
         send: passes a command to the engine; must not wait.
+
+    Attributes:
+        running: open requests by the path and revision of each adapter in them.
     """
 
     def __init__(self, send: Send) -> None:
+        self.running: Counter[tuple[str, int]] = Counter()
         self._send = send
         self._open: dict[str, OpenRequest] = {}
         self._calls: dict[str, asyncio.Future[CallDone]] = {}
@@ -56,6 +61,8 @@ class EngineRequests:
     async def generate(self, command: Generate) -> AsyncGenerator[TokenOutput, None]:
         """Send a request and yield its outputs until every choice is over; closing the generator aborts it."""
         request = self._open[command.request_id] = OpenRequest(command.n)
+        adapters = _adapters_of(command)
+        self.running.update(adapters)
         is_over = False
         try:
             self._send(command)
@@ -68,6 +75,7 @@ class EngineRequests:
             is_over = True
         finally:
             del self._open[command.request_id]
+            self._end_running(adapters)
             if not is_over:
                 self._send(Abort(request_id=command.request_id))
 
@@ -109,6 +117,12 @@ class EngineRequests:
         for call_id in list(self._calls):
             self._answer(call_id, make_error())
 
+    def _end_running(self, adapters: Iterable[tuple[str, int]]) -> None:
+        for key in adapters:
+            self.running[key] -= 1
+            if not self.running[key]:
+                del self.running[key]
+
     def _deliver_outputs(self, outputs: Iterable[TokenOutput], failed: Iterable[RequestFailed]) -> None:
         for output in outputs:
             request = self._open.get(output.request_id)
@@ -129,3 +143,8 @@ class EngineRequests:
             future.set_exception(answer)
         else:
             future.set_result(answer)
+
+
+def _adapters_of(command: Generate) -> list[tuple[str, int]]:
+    refs = [part.adapter for part in command.mix] + ([] if command.adapter is None else [command.adapter])
+    return [(ref.path, ref.revision) for ref in refs]

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from loraplex.server.engine_client import EngineState, StatsCallback
+from loraplex.server.adapter_view import AdapterView
+from loraplex.server.engine_client import EngineState, Restore, StatsCallback, TargetTier
 from loraplex.server.engine_requests import EngineRequests, Send
 from loraplex.server.errors import LoraplexError, UnavailableError
 from loraplex.server.messages import (
     AdapterInfo,
     AdapterRef,
+    AdapterStates,
     EngineInfo,
     EngineStats,
     Event,
     Generate,
-    ListAdapters,
     LoadAdapter,
+    PinAdapter,
+    PrefetchAdapter,
+    RestoreAdapters,
     StartFailed,
     StartProgress,
     TokenOutput,
@@ -34,10 +38,13 @@ class EngineSession:
     """
 
     def __init__(self, send: Send, progress: Progress | None = None) -> None:
+        self._send_command = send
         self._requests = EngineRequests(send)
         self._progress = progress
         self._info: EngineInfo | None = None
         self._ready: asyncio.Future[None] | None = None
+        self._restore: Restore | None = None
+        self.adapters = AdapterView()
         self.stats = EngineStats()
         self.state: EngineState = "starting"
         self.on_stats: list[StatsCallback] = []
@@ -67,6 +74,8 @@ class EngineSession:
             case EngineInfo():
                 self._info = event
                 self.state = "ready"
+                self.adapters.clear()
+                self._send_restored()
                 self._end_start(None)
             case StartFailed(error=error):
                 self._end_start(error.to_error())
@@ -77,8 +86,20 @@ class EngineSession:
                 self.stats = event
                 for callback in self.on_stats:
                     callback(event)
+            case AdapterStates(states=states):
+                self.adapters.update(states)
             case _:
                 self._requests.deliver(event)
+
+    def restore_from(self, restore: Restore) -> None:
+        """See ``EngineClient``."""
+        self._restore = restore
+        if self.state == "ready":
+            self._send_restored()
+
+    def _send_restored(self) -> None:
+        if self._restore is not None and (known := self._restore()):
+            self._send_command(RestoreAdapters(adapters=known))
 
     def generate(self, command: Generate) -> AsyncGenerator[TokenOutput, None]:
         """See ``EngineClient``."""
@@ -88,17 +109,30 @@ class EngineSession:
         """See ``EngineClient``."""
         self._requests.abort_choice(request_id, index)
 
+    def running(self, ref: AdapterRef) -> int:
+        """See ``EngineClient``."""
+        return self._requests.running[ref.path, ref.revision]
+
     async def load_adapter(self, ref: AdapterRef) -> AdapterInfo:
-        """Read and verify an adapter. LoraplexError where it cannot be served."""
+        """See ``EngineClient``."""
         done = await self._requests.call(lambda call_id: LoadAdapter(call_id=call_id, adapter=ref))
         assert done.adapter is not None
         return done.adapter
 
     async def unload_adapter(self, ref: AdapterRef) -> None:
-        """Forget a registration; its running requests finish."""
-        await self._requests.call(lambda call_id: UnloadAdapter(call_id=call_id, adapter=ref))
+        """See ``EngineClient``."""
+        try:
+            await self._requests.call(lambda call_id: UnloadAdapter(call_id=call_id, adapter=ref))
+        finally:
+            self.adapters.forget(ref)
 
-    async def list_adapters(self) -> list[AdapterInfo]:
-        """Every adapter that the engine has read."""
-        done = await self._requests.call(lambda call_id: ListAdapters(call_id=call_id))
-        return done.adapters or []
+    async def pin_adapter(self, ref: AdapterRef, pinned: bool) -> AdapterInfo | None:
+        """See ``EngineClient``."""
+        done = await self._requests.call(lambda call_id: PinAdapter(call_id=call_id, adapter=ref, pinned=pinned))
+        return done.adapter
+
+    async def prefetch_adapter(self, ref: AdapterRef, tier: TargetTier) -> AdapterInfo:
+        """See ``EngineClient``."""
+        done = await self._requests.call(lambda call_id: PrefetchAdapter(call_id=call_id, adapter=ref, tier=tier))
+        assert done.adapter is not None
+        return done.adapter

@@ -163,6 +163,7 @@ class JobMaker:
                 mix=target.chosen.mix,
                 n=n,
                 return_routing=bool(body.return_routing),
+                cache_salt=body.cache_salt or "",
             )
 
         commands = tuple(command(at, prompt_ids) for at, prompt_ids in enumerate(prompts))

@@ -15,6 +15,8 @@ class HttpConfig:
         api_keys: accepted bearer tokens; none means open to all.
         max_body_bytes: a larger request body is a 413.
         adapter_roots: folders below which ``lora_path`` must lie; none means any folder.
+        adapter_sources: beginnings of addresses that adapters may be loaded from; none means no remote source.
+        max_adapter_bytes: a larger upload is a 413, packed or unpacked; ``max_body_bytes`` is not for uploads.
         stream_interval: tokens of a choice per streamed event; its first token never waits.
         strict_requests: refuse unknown request fields instead of naming them in a response header.
         drain_seconds: how long open streams may go on after the server was told to stop.
@@ -23,6 +25,7 @@ class HttpConfig:
         max_choices: the most choices in one body, all its prompts together.
         max_mix_adapters: the most adapters in one weighted list.
         max_routing_tokens: the most tokens whose routes one answer tells.
+        max_adapter_series: the most adapters that the metrics tell of by name.
         ping_seconds: a stream that was silent for so long gets a comment.
     """
 
@@ -30,6 +33,8 @@ class HttpConfig:
     api_keys: frozenset[str] = frozenset()
     max_body_bytes: int = 32 * 1024 * 1024
     adapter_roots: tuple[Path, ...] = ()
+    adapter_sources: tuple[str, ...] = ()
+    max_adapter_bytes: int = 2 << 30
     stream_interval: int = 1
     strict_requests: bool = False
     drain_seconds: float = 30.0
@@ -38,4 +43,5 @@ class HttpConfig:
     max_choices: int = 2048
     max_mix_adapters: int = 8
     max_routing_tokens: int = 4096
+    max_adapter_series: int = 100
     ping_seconds: float = 15.0

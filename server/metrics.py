@@ -1,8 +1,7 @@
 """What Prometheus scrapes: the edge's own counts and times, and the engine's last snapshot.
 
 One collector per app, filled from the event loop only. Labels are bounded: endpoints are route patterns, ``kind`` is
-``base`` or ``adapter`` (a mix is ``adapter``), and the engine names no more adapters in ``expert_tokens`` than it was
-told to.
+``base`` or ``adapter`` (a mix is ``adapter``), and no more adapters are named than the settings say.
 """
 
 from __future__ import annotations
@@ -15,21 +14,23 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from loraplex.server.adapter_registry import AdapterRegistry
+from loraplex.server.adapter_series import AdapterSeries
 from loraplex.server.engine_client import EngineClient
 from loraplex.server.errors import ERRORS_BY_NAME
 from loraplex.server.histogram import Histogram
 from loraplex.server.lifecycle import Lifecycle
 from loraplex.server.messages import EngineStats
+from loraplex.server.tier_metrics import tier_families
 
 Labels = tuple[str, ...]
 KINDS: tuple[Labels, ...] = (("base",), ("adapter",))
+LOADS: tuple[Labels, ...] = (("remote", "disk"), ("disk", "host"), ("host", "pool"))
 OUTCOMES = tuple((*kind, outcome) for kind in KINDS for outcome in ("finished", "failed", "aborted"))
 ERROR_TYPES: tuple[Labels, ...] = tuple(sorted({(error.type,) for error in ERRORS_BY_NAME.values()}))
 ENGINE_COUNTERS = {
-    "adapter_hits": "Requests whose adapter was in the pool already.",
     "adapter_loads": "Adapters paged into the pool.",
-    "adapter_evictions": "Adapters evicted from the pool.",
-    "adapter_load_failures": "Adapters that could not be loaded.",
+    "adapter_load_failures": "Adapters that could not be read.",
+    "adapter_prefetches": "Adapters paged into the pool before a sequence needed them.",
     "preemptions": "Sequences put back because pages ran out.",
     "prefix_hit_tokens": "Prompt tokens whose K/V was found in the pool.",
     "steps": "Steps of the engine.",
@@ -73,11 +74,14 @@ class _Times:
 class ServerMetrics:
     """Collects for one app. ``registry`` is what ``/metrics`` writes out."""
 
-    def __init__(self, engine: EngineClient, adapters: AdapterRegistry, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, engine: EngineClient, adapters: AdapterRegistry, lifecycle: Lifecycle, max_adapter_series: int = 0
+    ) -> None:
         self.registry = CollectorRegistry()
         self._engine = engine
         self._adapters = adapters
         self._lifecycle = lifecycle
+        self._series = AdapterSeries(engine, adapters, max_adapter_series)
         self._version = version("loraplex")
         self._restarts = 0
         self._steps_seen = 0
@@ -92,7 +96,9 @@ class ServerMetrics:
         self._gaps = _Times("loraplex_inter_token_seconds", "Between two outputs of a choice.")
         self._queued = _Times("loraplex_request_queue_seconds", "From the request to its first step.")
         self._whole = _Times("loraplex_request_seconds", "From the request to its end.")
-        self._loads = _Times("loraplex_adapter_load_seconds", "Paging an adapter in.", (), [()])
+        self._loads = _Times(
+            "loraplex_adapter_load_seconds", "Bringing an adapter from a tier to another.", ("source", "target"), LOADS
+        )
         self._step_times = _Times("loraplex_step_seconds", "Steps of the engine.", (), [()])
         self.registry.register(self)
         engine.on_stats.append(self.engine_stats)
@@ -131,8 +137,8 @@ class ServerMetrics:
         if stats.steps < self._steps_seen:
             self._restarts += 1
         self._steps_seen = stats.steps
-        for seconds in stats.load_seconds:
-            self._loads.observe(seconds)
+        for load in stats.tier_loads:
+            self._loads.observe(load.seconds, load.source, load.target)
         for seconds in stats.step_seconds:
             self._step_times.observe(seconds)
 
@@ -143,6 +149,7 @@ class ServerMetrics:
         for source in (*counts, *times):
             yield source.family()
         yield from self._engine_families(self._engine.stats)
+        yield self._series.family()
         yield from self._state_families()
 
     def describe(self) -> Iterator[Metric]:
@@ -168,14 +175,8 @@ class ServerMetrics:
                 "free": stats.pages_free,
             },
         )
-        yield _gauges(
-            "loraplex_adapters",
-            "Adapters by where they are held.",
-            "tier",
-            {"pool": stats.adapters_resident, "host": stats.adapters_host},
-        )
-        yield _gauge("loraplex_host_store_bytes", "Bytes of adapters in host memory.", stats.host_bytes)
-        yield _gauge("loraplex_host_store_limit_bytes", "Limit of these bytes.", stats.host_bytes_limit)
+        yield _gauge("loraplex_pool_pinned_pages", "Pages of pinned adapters in the pool.", stats.pages_pinned)
+        yield from tier_families(stats)
         yield _expert_tokens(stats.expert_tokens)
 
     def _state_families(self) -> Iterator[Metric]:

@@ -18,6 +18,7 @@ from loraplex.server.http_errors import error_response, public_error, traceback_
 from loraplex.server.lifecycle import Lifecycle
 from loraplex.server.metrics import ServerMetrics
 from loraplex.server.request_trace import RequestTrace, new_trace
+from loraplex.server.request_uploads import is_upload
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics", "/version", "/ping"})
 CLIENT_GONE = 499
@@ -71,7 +72,9 @@ class RequestMiddleware:
             raise AuthenticationError("A known API key is needed, sent as 'Authorization: Bearer KEY'.")
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """``receive``, which refuses to go on once the body is too large."""
+        """``receive``, which refuses to go on once the body is too large. Uploads are limited where they are read."""
+        if is_upload(scope):
+            return receive
         limit = self._config.max_body_bytes
         announced = Headers(scope=scope).get("content-length", "")
         received = 0

@@ -40,8 +40,8 @@ def openai_routes(edge: Edge) -> APIRouter:
     answers = Answers(edge)
 
     @router.get("/v1/models")
-    async def list_models(limit: Limit = None, after: After = None) -> dict[str, Any]:
-        return model_list(edge, limit, after)
+    async def list_models(limit: Limit = None, after: After = None) -> Response:
+        return Response(orjson.dumps(model_list(edge, limit, after)), media_type="application/json")
 
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> dict[str, Any]:

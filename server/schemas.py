@@ -21,6 +21,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 INT64_MAX = 2**63 - 1
 MAX_WEIGHT = 100.0
+MAX_SALT_LENGTH = 256
 NAME_FORM, MIX_FORM = "adapter:name", "adapter:mix"
 """Tags of the two forms of ``adapter_id``; pydantic puts them into the path of a fault."""
 
@@ -151,6 +152,7 @@ class GenerationRequest(RequestModel):
     adapter_id: AdapterId | None = None
     merged_adapters: MergedAdapters | None = None
     return_routing: bool | None = None
+    cache_salt: Annotated[str, StringConstraints(max_length=MAX_SALT_LENGTH)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -251,21 +253,46 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class LoadLoraRequest(RequestModel):
-    """Body of ``POST /v1/load_lora_adapter``."""
+    """Body of ``POST /v1/load_lora_adapter``, and of SGLang's ``/load_lora_adapter``."""
 
     lora_name: str
     lora_path: str
     load_inplace: bool | None = None
+    pinned: bool | None = None
 
 
 class UnloadLoraRequest(RequestModel):
-    """Body of ``POST /v1/unload_lora_adapter``."""
+    """Body of ``POST /v1/unload_lora_adapter``, and of SGLang's ``/unload_lora_adapter``."""
 
     lora_name: str
 
 
-class RegisterAdapterRequest(RequestModel):
-    """Body of ``POST /v1/adapters``."""
+class SageMakerAdapterRequest(RequestModel):
+    """Body of ``POST /adapters``."""
+
+    name: str
+    src: str
+
+
+class RegisterAdapterRequest(RequestModel, extra="forbid"):
+    """Body of ``POST /v1/adapters``. ``replace`` registers a name that stands for another path, too."""
 
     id: str
     path: str
+    pinned: bool | None = None
+    tags: list[str] | None = None
+    replace: bool | None = None
+
+
+class ChangeAdapterRequest(RequestModel, extra="forbid"):
+    """Body of ``PATCH /v1/adapters/{id}``. ``path`` moves the name to another content in place."""
+
+    path: str | None = None
+    pinned: bool | None = None
+    tags: list[str] | None = None
+
+
+class PrefetchAdapterRequest(RequestModel, extra="forbid"):
+    """Body of ``POST /v1/adapters/{id}/prefetch``; ``tier`` is the pool if absent."""
+
+    tier: Literal["host", "pool"] | None = None

@@ -6,11 +6,12 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 import yaml
-from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -19,7 +20,16 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from loraplex.server.engine_config import AttentionName, DeviceName, DtypeName, EngineConfig, KernelsName
+from loraplex.memory.adapter_errors import AdapterFileError
+from loraplex.memory.adapter_source import allowed_sources
+from loraplex.server.engine_config import (
+    AttentionName,
+    DeviceName,
+    DtypeName,
+    EngineConfig,
+    EvictionName,
+    KernelsName,
+)
 from loraplex.server.errors import InvalidRequestError
 from loraplex.server.http_config import HttpConfig
 
@@ -55,6 +65,23 @@ class Settings(BaseSettings):
     adapter_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="Folders below which adapters may be loaded over HTTP; none means anywhere."
     )
+    adapter_sources: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Beginnings of addresses that adapters may be loaded from over HTTP, such as s3://bucket/adapters/ "
+        "or hf://organisation/; none means no remote source at all.",
+    )
+    watch: bool = Field(
+        False, description="Look for new, changed and removed folders in `adapters` while serving, and follow them."
+    )
+    watch_seconds: float = Field(
+        5.0, gt=0, description="Time between two looks. A change counts once two looks in a row have found it."
+    )
+    state_dir: Path | None = Field(
+        None,
+        description="Folder for what was registered, uploaded, pinned or tagged over HTTP, so that it survives a "
+        "restart; of one server alone. If absent, nothing survives and nothing can be uploaded.",
+    )
+    max_adapter_bytes: ByteSize = Field(ByteSize(2 << 30), gt=0, description="Largest upload, packed and unpacked.")
     allow_bin: bool = Field(
         False, description="Also read adapter_model.bin (with weights_only); off because it is pickle."
     )
@@ -97,6 +124,22 @@ class Settings(BaseSettings):
         ByteSize(4 << 30), gt=0, description="Host memory for adapters that are not in the pool."
     )
     loader_threads: int = Field(2, ge=1, le=64, description="Threads that read and verify adapters.")
+    cache_dir: Path | None = Field(
+        None, description="Folder for adapters fetched from remote sources; below the user's cache folder if absent."
+    )
+    disk_cache_bytes: ByteSize = Field(ByteSize(20 << 30), gt=0, description="Most that the fetched adapters may take.")
+    remote_timeout_seconds: float = Field(
+        60.0, gt=0, description="Longest silence of a remote source before a fetch counts as failed."
+    )
+    eviction: EvictionName = Field(
+        "value",
+        description="What goes first where room is wanted: value, what is worth least for its size (time to rebuild "
+        "times chance of reuse); lru, what has been idle for longest.",
+    )
+    max_pinned_fraction: float = Field(0.5, ge=0, le=1, description="Share of the pool that pinned adapters may take.")
+    prefetch: bool = Field(
+        True, description="Bring adapters of waiting requests, and likely ones, up before their turn comes."
+    )
 
     max_batch_tokens: int = Field(2048, ge=1, description="Tokens computed in one step.")
     max_running: int = Field(256, ge=1, description="Sequences that run at once.")
@@ -125,11 +168,14 @@ class Settings(BaseSettings):
     expert_metrics: int = Field(
         0, ge=0, le=1000, description="Adapters whose experts are counted in the metrics: those most used; 0 is none."
     )
+    max_adapter_series: int = Field(
+        100, ge=0, le=100_000, description="Most adapters that the metrics tell of by name."
+    )
     engine: Literal["process", "inline"] = Field("process", description="inline runs the engine in the HTTP process.")
     log_level: LogLevel = Field("info", description="Least severe messages to log.")
     log_format: LogFormat = Field("console", description="json writes one object a line.")
 
-    @field_validator("adapter", "adapter_roots", "api_keys", mode="before")
+    @field_validator("adapter", "adapter_roots", "adapter_sources", "api_keys", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
@@ -142,6 +188,21 @@ class Settings(BaseSettings):
             if not (name and equals and path):
                 raise ValueError(f"{entry!r} is not NAME=PATH")
         return value
+
+    @field_validator("adapter_sources")
+    @classmethod
+    def _check_sources(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            allowed_sources(value)
+        except AdapterFileError as error:
+            raise ValueError(error.message.removeprefix("adapter_sources: ")) from error
+        return value
+
+    @model_validator(mode="after")
+    def _check_watch(self) -> Self:
+        if self.watch and self.adapters is None:
+            raise PydanticCustomError("watch", "watch needs 'adapters', the folder to watch")
+        return self
 
     @property
     def model_name(self) -> str:
@@ -158,9 +219,7 @@ class Settings(BaseSettings):
         shared = set(EngineConfig.__struct_fields__) & set(type(self).model_fields)
         values = {name: getattr(self, name) for name in shared}
         values["model_name"] = self.model_name
-        return msgspec.convert(
-            {name: int(v) if isinstance(v, ByteSize) else v for name, v in values.items()}, EngineConfig
-        )
+        return msgspec.convert({name: _plain(value) for name, value in values.items()}, EngineConfig)
 
     def http_config(self) -> HttpConfig:
         """The HTTP edge's share."""
@@ -169,12 +228,22 @@ class Settings(BaseSettings):
             api_keys=frozenset(key.get_secret_value() for key in self.api_keys),
             max_body_bytes=int(self.max_body_bytes),
             adapter_roots=tuple(root.resolve() for root in self.adapter_roots),
+            adapter_sources=self.adapter_sources,
+            max_adapter_bytes=int(self.max_adapter_bytes),
             stream_interval=self.stream_interval,
             strict_requests=self.strict_requests,
             max_mix_adapters=self.max_mix_adapters,
+            max_adapter_series=self.max_adapter_series,
             max_routing_tokens=self.max_routing_tokens,
             drain_seconds=self.drain_seconds,
         )
+
+
+def _plain(value: Any) -> Any:
+    """A value as it crosses to the engine."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return int(value) if isinstance(value, ByteSize) else value
 
 
 def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> Settings:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -34,6 +36,11 @@ ADAPTER = {
     "targets": ["q_proj"],
     "pages": 2,
     "warnings": ["odd"],
+    "state": "failed",
+    "error": {"message": "gone", "param": None, "code": None},
+    "source": "s3",
+    "pinned": True,
+    "tags": ["new"],
 }
 
 
@@ -69,6 +76,7 @@ def test_every_option_becomes_a_field_of_its_name(server: Any, reply: Any, lora:
         "repetition_penalty": 1.1,
         "ignore_eos": True,
         "min_tokens": 1,
+        "cache_salt": "tenant",
     }
     server.say(reply(body=COMPLETION))
     lora.generate([1, 2], logit_bias={5: -1.0}, extra={"user": "me", "seed": 8}, **options)
@@ -140,15 +148,112 @@ def test_a_message_without_content_is_an_empty_text(server: Any, reply: Any, lor
 
 
 def test_loading_an_adapter_returns_it(server: Any, reply: Any, lora: Any) -> None:
-    server.say(reply(body="Success: LoRA adapter 'red' added successfully."), reply(body=ADAPTER))
-    adapter = lora.load_adapter("red", "/adapters/red", replace=True)
-    assert (adapter.name, adapter.rank, adapter.pages, adapter.targets) == ("red", 8, 2, ("q_proj",))
-    assert (adapter.warnings, adapter.running, adapter.identity) == (("odd",), 0, None)
-    assert (adapter.kind, adapter.num_experts) == ("mixlora", 8)
-    load, get = server.received
-    assert (load.method, load.path) == ("POST", "/v1/load_lora_adapter")
-    assert load.body == {"lora_name": "red", "lora_path": "/adapters/red", "load_inplace": True}
-    assert (get.method, get.path) == ("GET", "/v1/adapters/red")
+    server.say(reply(body=ADAPTER))
+    adapter = lora.load_adapter("red", "/adapters/red", replace=True, tags=("a", "b"), pinned=None)
+    assert (adapter.name, adapter.tier, adapter.rank, adapter.targets, adapter.pages) == (
+        "red",
+        "host",
+        8,
+        ("q_proj",),
+        2,
+    )
+    assert (adapter.kind, adapter.num_experts, adapter.warnings) == ("mixlora", 8, ("odd",))
+    assert (adapter.state, adapter.error, adapter.source) == ("failed", "gone", "s3")
+    assert (adapter.pinned, adapter.tags) == (True, ("new",))
+    [heard] = server.received
+    assert (heard.method, heard.path) == ("POST", "/v1/adapters")
+    assert heard.body == {"id": "red", "path": "/adapters/red", "replace": True, "tags": ["a", "b"]}
+
+
+def test_an_adapter_is_pinned_prefetched_and_changed_by_name(server: Any, reply: Any, lora: Any) -> None:
+    server.say(reply(body=ADAPTER))
+    lora.pin_adapter("a b")
+    lora.unpin_adapter("red")
+    lora.prefetch_adapter("red")
+    lora.prefetch_adapter("red", "host")
+    lora.change_adapter("red", path=Path("/other"), pinned=False, tags=[])
+    assert [(one.method, one.path, one.body) for one in server.received] == [
+        ("POST", "/v1/adapters/a%20b/pin", None),
+        ("POST", "/v1/adapters/red/unpin", None),
+        ("POST", "/v1/adapters/red/prefetch", {"tier": "pool"}),
+        ("POST", "/v1/adapters/red/prefetch", {"tier": "host"}),
+        ("PATCH", "/v1/adapters/red", {"path": "/other", "pinned": False, "tags": []}),
+    ]
+
+
+def test_files_of_an_upload_are_told_to_be_kept(server: Any, reply: Any, lora: Any) -> None:
+    server.say(reply(body={"deleted": True}))
+    lora.unload_adapter("red", delete_files=False)
+    lora.unload_adapter("red")
+    assert [(one.method, one.query) for one in server.received] == [("DELETE", "delete_files=false"), ("DELETE", "")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"):
+        (tmp_path / name).write_text(f"content of {name}")
+    return tmp_path
+
+
+def test_an_upload_sends_the_folder_as_a_form(server: Any, reply: Any, lora: Any, folder: Path) -> None:
+    server.say(reply(body=ADAPTER))
+    assert lora.upload_adapter("red", folder, tags=["a", "b"], pinned=True).name == "red"
+    [heard] = server.received
+    assert heard.headers["content-type"].startswith("multipart/form-data; boundary=")
+    for part in (b'name="id"\r\n\r\nred\r\n', b'name="tags"\r\n\r\na,b\r\n', b'name="pinned"\r\n\r\ntrue\r\n'):
+        assert part in heard.body
+    assert b"content of adapter_config.json" in heard.body
+    assert b"content of adapter_model.safetensors" in heard.body
+    assert b"adapter_model.bin" not in heard.body
+    assert b"README" not in heard.body
+
+
+def test_an_upload_is_sent_whole_again_once_the_server_is_ready(
+    server: Any, reply: Any, lora: Any, folder: Path
+) -> None:
+    server.say(reply(status=503, body={"error": {"message": "starting"}}), reply(body=ADAPTER))
+    lora.upload_adapter("red", folder)
+    assert [one.body.count(b"content of adapter") for one in server.received] == [2, 2]
+
+
+def test_an_archive_is_sent_as_it_is(server: Any, reply: Any, lora: Any, tmp_path: Path) -> None:
+    (tmp_path / "red.tar.gz").write_bytes(b"packed")
+    server.say(reply(body=ADAPTER))
+    lora.upload_adapter("red", tmp_path / "red.tar.gz", replace=True)
+    assert b'name="file"; filename="red.tar.gz"' in server.received[0].body
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors", ""])
+def test_what_is_no_adapter_is_not_sent(server: Any, lora: Any, folder: Path, missing: str) -> None:
+    (folder / "adapter_model.bin").unlink()
+    path = folder / missing
+    if missing:
+        path.unlink()
+    with pytest.raises(InvalidConfiguration, match="accepted is a folder with adapter_config") as caught:
+        lora.upload_adapter("red", folder if missing else folder / "none")
+    assert caught.value.param == "path"
+    assert server.received == []
+
+
+def test_an_adapter_option_that_there_is_not_is_refused_by_name(lora: Any, server: Any, folder: Path) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: lora.load_adapter("red", "/x", pined=True),
+        lambda: lora.upload_adapter("red", folder, pined=True),
+        lambda: lora.change_adapter("red", pined=True),
+        lambda: list(lora.list_adapters(pined=True)),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="'pined'"):
+            call()
+    assert server.received == []
+
+
+def test_lists_of_adapters_are_asked_for_by_what_they_are(server: Any, reply: Any, lora: Any) -> None:
+    server.say(reply(body={"data": [ADAPTER], "has_more": True}), reply(body={"data": [], "has_more": False}))
+    assert len(list(lora.list_adapters(prefix="re", state="ready", tier=None, tag="x", pinned=True))) == 1
+    first, second = (parse_qs(one.query) for one in server.received)
+    assert first == {"limit": ["1000"], "prefix": ["re"], "state": ["ready"], "tag": ["x"], "pinned": ["true"]}
+    assert second == first | {"after": ["red"]}
 
 
 @pytest.mark.parametrize(("name", "path"), [("a b", "a%20b"), ("a/b?c#d", "a%2Fb%3Fc%23d"), ("50%", "50%25")])

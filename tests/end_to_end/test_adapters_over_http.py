@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +85,20 @@ def test_a_failed_load_in_place_leaves_the_old_adapter(demo: Any, load: Any, cop
     assert demo.ask("kernel", "steady") == "lenrek"
 
 
+def pool_hits(demo: Any) -> float:
+    return float(demo.metrics().value("loraplex_adapter_lookups_total", tier="pool", result="hit"))
+
+
 def test_two_names_of_the_same_bytes_share_their_pages(demo: Any, load: Any, wait_until: Callable[..., bool]) -> None:
-    hits = "loraplex_adapter_hits_total"
+    hits = partial(pool_hits, demo)
     names = ("spell", "spell", "twin")
     assert load("twin", adapters_folder() / "spell").status_code == 200
     seen = []
     for name in names:
-        before = demo.metrics().value(hits)
+        before = hits()
         assert demo.ask("kernel", name) == "k-e-r-n-e-l"
         # The first use may load it; all that follow find it, whatever it is called.
-        assert not seen or wait_until(lambda before=before: demo.metrics().value(hits) > before)
+        assert not seen or wait_until(lambda before=before: hits() > before)
         seen.append(named(demo, name)["identity"])
     assert len(set(seen)) == 1
 

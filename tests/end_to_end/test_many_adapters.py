@@ -17,7 +17,7 @@ NUM_REGISTERED = 2000
 def test_all_are_registered_and_none_is_read_at_the_start(guarded: Any) -> None:
     metrics = guarded.metrics()
     assert metrics.value("loraplex_adapters_registered") == NUM_REGISTERED + 1
-    if not metrics.value("loraplex_adapters", tier="host"):
+    if not metrics.value("loraplex_tier_adapters", tier="host"):
         page = guarded.get("/v1/adapters?limit=3").json()
         assert [(one["tier"], one["rank"]) for one in page["data"]] == [("disk", None)] * 3
     assert len(guarded.get("/v1/models").json()["data"]) == NUM_REGISTERED + 2

@@ -34,10 +34,10 @@ async def test_sixty_requests_over_all_adapters_are_answered_right(
 
     assert wait_until(small_pool.is_idle)
     metrics = small_pool.metrics()
-    assert metrics.value("loraplex_adapter_evictions_total") > 0
+    assert metrics.value("loraplex_adapter_evictions_total", tier="pool") > 0
     assert metrics.value("loraplex_adapter_loads_total") > len(TASKS)
-    assert metrics.value("loraplex_adapters", tier="pool") < len(TASKS)
-    assert metrics.value("loraplex_host_store_bytes") <= metrics.value("loraplex_host_store_limit_bytes")
+    assert metrics.value("loraplex_tier_adapters", tier="pool") < len(TASKS)
+    assert metrics.value("loraplex_tier_bytes", tier="host") <= metrics.value("loraplex_tier_limit_bytes", tier="host")
     uses = ("kv", "cached", "adapter", "free")
     pages = {use: metrics.value("loraplex_pool_pages", use=use) for use in uses}
     assert pages["kv"] == 0

@@ -10,15 +10,13 @@ import pytest
 HI: Any = [{"role": "user", "content": "hi"}]
 NAMES = {
     "loraplex_adapter_evictions",
-    "loraplex_adapter_hits",
     "loraplex_adapter_load_seconds",
     "loraplex_adapter_loads",
-    "loraplex_adapters",
+    "loraplex_adapter_lookups",
     "loraplex_engine_restarts",
     "loraplex_engine_up",
     "loraplex_errors",
     "loraplex_generation_tokens",
-    "loraplex_host_store_bytes",
     "loraplex_inter_token_seconds",
     "loraplex_pool_capacity_pages",
     "loraplex_pool_pages",
@@ -29,9 +27,16 @@ NAMES = {
     "loraplex_requests",
     "loraplex_requests_running",
     "loraplex_requests_waiting",
+    "loraplex_tier_adapters",
+    "loraplex_tier_bytes",
+    "loraplex_tier_limit_bytes",
     "loraplex_time_to_first_token_seconds",
 }
 TIMES = ("request_queue", "time_to_first_token", "inter_token", "request")
+
+
+def pool_hits(metrics: Any) -> float:
+    return float(metrics.value("loraplex_adapter_lookups_total", tier="pool", result="hit"))
 
 
 @pytest.fixture
@@ -43,8 +48,8 @@ def traffic(demo: Any, wait_until: Callable[..., bool]) -> Any:
     for model in ("loraplex-demo", "upper", "upper"):
         assert demo.post("/v1/chat/completions", {**ten, "model": model}).status_code == 200
     assert demo.post("/v1/chat/completions", {**ten, "model": "nobody"}).status_code == 404
-    hits = "loraplex_adapter_hits_total"  # the engine tells its numbers a few times a second
-    assert wait_until(lambda: demo.metrics().value(hits) > before.value(hits) and demo.is_idle())
+    # The engine tells its numbers a few times a second.
+    assert wait_until(lambda: pool_hits(demo.metrics()) > pool_hits(before) and demo.is_idle())
     return before, demo.metrics()
 
 
@@ -70,7 +75,7 @@ def test_traffic_is_counted(traffic: Any) -> None:
         assert grown("loraplex_inter_token_seconds_count", kind=kind) == 9 * count
     assert grown("loraplex_errors_total", type="not_found_error") == 1
     assert grown("loraplex_http_requests_total", endpoint="/v1/chat/completions", status="200") == 3
-    assert grown("loraplex_adapter_hits_total") >= 1
+    assert grown("loraplex_adapter_lookups_total", tier="pool", result="hit") >= 1
     assert grown("loraplex_engine_restarts_total") == 0
 
 
@@ -89,10 +94,11 @@ def test_times_make_sense(traffic: Any) -> None:
 def test_adapters_and_pages_are_accounted_for(traffic: Any) -> None:
     _, after = traffic
     assert after.value("loraplex_engine_up") == 1
-    assert after.value("loraplex_adapters", tier="pool") >= 1
-    assert after.value("loraplex_adapters", tier="host") >= 1
-    assert after.value("loraplex_host_store_bytes") > 0
-    assert after.value("loraplex_adapter_load_seconds_count") == after.value("loraplex_adapter_loads_total") >= 1
+    assert after.value("loraplex_tier_adapters", tier="pool") >= 1
+    assert after.value("loraplex_tier_adapters", tier="host") >= 1
+    assert after.value("loraplex_tier_bytes", tier="host") > 0
+    paged_in = after.value("loraplex_adapter_load_seconds_count", target="pool")
+    assert paged_in == after.value("loraplex_adapter_loads_total") >= 1
     assert after.value("loraplex_pool_pages", use="kv") == 0
     assert after.value("loraplex_pool_pages", use="adapter") >= 1
     assert after.value("loraplex_pool_pages") == after.value("loraplex_pool_capacity_pages")

@@ -19,17 +19,21 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loraplex.server.adapter_registry import AdapterRegistry
+from loraplex.server.adapter_view import AdapterView
 from loraplex.server.app import create_app
-from loraplex.server.engine_client import EngineState, StatsCallback
+from loraplex.server.engine_client import EngineState, Restore, StatsCallback, TargetTier
 from loraplex.server.errors import LoraplexError
 from loraplex.server.http_config import HttpConfig
 from loraplex.server.http_server import DrainingServer
 from loraplex.server.messages import (
     AdapterInfo,
     AdapterRef,
+    AdapterState,
     EngineInfo,
     EngineStats,
+    ErrorInfo,
     Generate,
+    RestoredAdapter,
     RouterChoice,
     TokenLogprob,
     TokenOutput,
@@ -88,7 +92,11 @@ class Script:
 
 @dataclass
 class FakeEngine:
-    """An ``EngineClient`` without a model. It remembers what it was asked, and what was taken back."""
+    """An ``EngineClient`` without a model. It remembers what it was asked, and what was taken back.
+
+    ``loaded`` has the last adapter read under each name; ``open`` those of requests
+    that are being answered.
+    """
 
     tokenizer: TextTokenizer
     script: Script = field(default_factory=Script)
@@ -101,9 +109,16 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     aborted_choices: list[tuple[str, int]] = field(default_factory=list)
-    loaded: dict[str, AdapterInfo] = field(default_factory=dict)
+    adapters: AdapterView = field(default_factory=AdapterView)
+    loaded: dict[str, AdapterRef] = field(default_factory=dict)
     unloaded: list[AdapterRef] = field(default_factory=list)
+    pins: list[tuple[str, int, bool]] = field(default_factory=list)
+    prefetched: list[tuple[str, str]] = field(default_factory=list)
+    restored: list[list[RestoredAdapter]] = field(default_factory=list)
+    open: list[AdapterRef] = field(default_factory=list)
     load_error: LoraplexError | None = None
+    pin_error: LoraplexError | None = None
+    on_load: Callable[[AdapterRef], None] | None = None
     load_delay: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -128,6 +143,8 @@ class FakeEngine:
 
     async def generate(self, command: Generate) -> AsyncGenerator[TokenOutput, None]:
         self.commands.append(command)
+        refs = [part.adapter for part in command.mix] + ([command.adapter] if command.adapter else [])
+        self.open += refs
         try:
             await asyncio.sleep(self.script.first_delay)
             plans = [self._plan(command, index) for index in range(command.n)]
@@ -146,24 +163,50 @@ class FakeEngine:
                         plans.remove(plan)
             self.finished.append(command.request_id)
         finally:
+            for ref in refs:
+                self.open.remove(ref)
             if command.request_id not in self.finished:
                 self.aborted.append(command.request_id)
 
     def abort_choice(self, request_id: str, index: int) -> None:
         self.aborted_choices.append((request_id, index))
 
+    def running(self, ref: AdapterRef) -> int:
+        return self.open.count(ref)
+
+    def restore_from(self, restore: Restore) -> None:
+        self.restored.append(restore())
+
     async def load_adapter(self, ref: AdapterRef) -> AdapterInfo:
         await asyncio.sleep(self.load_delay)
+        if self.on_load is not None:
+            self.on_load(ref)
         if self.load_error is not None:
+            self.tell(ref, error=ErrorInfo.of(self.load_error))
             raise self.load_error
-        self.loaded[ref.name] = info = adapter_info(ref, **self.facts)
-        return info
+        self.loaded[ref.name] = ref
+        return self.tell(ref)
 
     async def unload_adapter(self, ref: AdapterRef) -> None:
         self.unloaded.append(ref)
+        self.adapters.forget(ref)
 
-    async def list_adapters(self) -> list[AdapterInfo]:
-        return list(self.loaded.values())
+    async def pin_adapter(self, ref: AdapterRef, pinned: bool) -> AdapterInfo | None:
+        if self.pin_error is not None and pinned:
+            raise self.pin_error
+        self.pins.append((ref.name, ref.revision, pinned))
+        return self.tell(ref, tier="pool", pinned=pinned)
+
+    async def prefetch_adapter(self, ref: AdapterRef, tier: TargetTier) -> AdapterInfo:
+        self.prefetched.append((ref.name, tier))
+        return self.tell(ref, tier=tier)
+
+    def tell(self, ref: AdapterRef, **state: Any) -> AdapterInfo:
+        """Tells that an adapter has got into a state: read and on the host, unless it is said otherwise."""
+        info = adapter_info(ref, **self.facts)
+        told = {"tier": "disk"} if "error" in state else {"tier": "host", "info": info}
+        self.adapters.update([AdapterState(path=ref.path, revision=ref.revision, **(told | state))])
+        return info
 
     def _plan(self, command: Generate, index: int) -> list[TokenOutput]:
         """All outputs of a choice. Choice 1 says the text from its second letter on, and so forth."""
@@ -237,9 +280,8 @@ def adapter_info(ref: AdapterRef, **changes: Any) -> AdapterInfo:
         "targets": ["q_proj"],
         "bytes": 1024,
         "pages": 2,
-        "tier": "host",
     }
-    return AdapterInfo(name=ref.name, path=ref.path, **(facts | changes))
+    return AdapterInfo(**(facts | changes))
 
 
 @pytest.fixture(scope="session")
@@ -269,9 +311,9 @@ def registry() -> AdapterRegistry:
 def make_app(engine: FakeEngine, registry: AdapterRegistry, tokenizer: TextTokenizer) -> Callable[..., Any]:
     """Makes the app, with fields of its configuration as arguments."""
 
-    def make(own_tokenizer: TextTokenizer | None = None, **fields: Any) -> Any:
+    def make(own_tokenizer: TextTokenizer | None = None, state: Any = None, watch: Any = None, **fields: Any) -> Any:
         config = HttpConfig(model_name=BASE_NAME, **fields)
-        return create_app(engine, registry, own_tokenizer or tokenizer, config)
+        return create_app(engine, registry, own_tokenizer or tokenizer, config, state=state, watch=watch)
 
     return make
 
@@ -302,7 +344,7 @@ class LoopbackServer:
     def __init__(self, app: Any, drain_seconds: float = 5.0) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
+        config = uvicorn.Config(app, log_level="warning", lifespan="on", ws="none")
         self.server = DrainingServer(config, app.state.edge.lifecycle, drain_seconds=drain_seconds)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._socket]}, daemon=True)
 

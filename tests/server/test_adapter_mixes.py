@@ -109,9 +109,7 @@ def test_the_pages_of_all_adapters_of_a_mix_are_not_there_for_its_prompts(
 ) -> None:
     engine.num_pages = 4
     for ref in (RED, BLUE):
-        info = AdapterInfo(
-            name=ref.name, path=ref.path, identity="", kind="lora", rank=1, targets=[], bytes=1, pages=2, tier="host"
-        )
+        info = AdapterInfo(identity="", kind="lora", rank=1, targets=[], bytes=1, pages=2)
         registry.register(ref, info)
     assert client.post("/v1/completions", json={"prompt": [1] * 16, "adapter_id": "red"}).status_code == 200
     error = refusal(client, adapter_id=parts(("red", 0.7), ("blue", 0.3)))

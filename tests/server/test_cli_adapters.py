@@ -99,10 +99,10 @@ def test_list_shows_a_table_of_what_the_server_knows(serve: Callable[..., Any], 
     result = loraplex("list", "--url", url)
     assert result.exit_code == 0
     assert [line.split() for line in result.stdout.splitlines()] == [
-        ["name", "kind", "rank", "tier", "pages", "path"],
-        ["blue", "-", "-", "disk", "-", "/adapters/blue"],
-        ["green", "lora", "8", "host", "2", str(Path(__file__).parent)],
-        ["red", "-", "-", "disk", "-", "/adapters/red"],
+        ["name", "kind", "rank", "state", "tier", "pages", "path"],
+        ["blue", "-", "-", "registered", "disk", "-", "/adapters/blue"],
+        ["green", "lora", "8", "ready", "host", "2", str(Path(__file__).parent)],
+        ["red", "-", "-", "registered", "disk", "-", "/adapters/red"],
     ]
 
 
@@ -331,7 +331,7 @@ def test_verify_against_no_base_is_one_line(small: Path, tmp_path: Path) -> None
 
 
 def test_commands_that_speak_to_a_server_do_not_import_torch() -> None:
-    modules = "loraplex.server.cli_adapters, loraplex.server.cli_chat"
+    modules = "loraplex.server.cli_adapters, loraplex.server.cli_served_adapters, loraplex.server.cli_chat"
     script = f"import sys, {modules}; print({{'torch', 'transformers'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from loraplex.server.errors import EngineError
 from loraplex.server.histogram import Histogram
-from loraplex.server.messages import EngineStats
+from loraplex.server.messages import AdapterRef, AdapterState, EngineStats, TierCount, TierLoad, TierUse
 
 EXPERTS = "loraplex_expert_tokens"
 
@@ -71,17 +71,16 @@ def test_the_engines_snapshot_is_shown(client: TestClient, engine: Any) -> None:
         pages_adapter=20,
         pages_free=30,
         pages_cached=4,
-        adapters_resident=4,
-        adapters_host=9,
         host_bytes=1000,
         host_bytes_limit=2000,
-        adapter_hits=5,
         adapter_loads=6,
-        adapter_evictions=7,
+        tiers=[TierUse("pool", "lora", 4, 500, 8), TierUse("host", "lora", 8, 900), TierUse("host", "dora", 1, 100)],
+        lookups=[TierCount("pool", "hit", 5), TierCount("pool", "miss", 6)],
+        evictions=[TierCount("pool", "room", 7)],
         adapter_load_failures=1,
         preemptions=8,
         prefix_hit_tokens=48,
-        load_seconds=[0.003, 0.2],
+        tier_loads=[TierLoad("disk", "host", 0.003), TierLoad("host", "pool", 0.2)],
     )
     for callback in engine.on_stats:
         callback(engine.stats)
@@ -93,12 +92,17 @@ def test_the_engines_snapshot_is_shown(client: TestClient, engine: Any) -> None:
         4,
         30,
     ]
-    assert value(client, "loraplex_adapters", tier="host") == 9
-    assert value(client, "loraplex_host_store_bytes") == 1000
-    assert value(client, "loraplex_adapter_evictions_total") == 7
+    assert value(client, "loraplex_tier_adapters", tier="host", kind="lora") == 8
+    assert value(client, "loraplex_tier_bytes", tier="host", kind="dora") == 100
+    assert value(client, "loraplex_tier_limit_bytes", tier="host") == 2000
+    assert value(client, "loraplex_pool_adapter_pages", kind="lora") == 8
+    assert value(client, "loraplex_adapter_lookups_total", tier="pool", result="miss") == 6
+    assert value(client, "loraplex_adapter_lookups_total", tier="host", result="hit") == 0
+    assert value(client, "loraplex_adapter_evictions_total", tier="pool", reason="room") == 7
     assert value(client, "loraplex_preemptions_total") == 8
     assert value(client, "loraplex_prefix_hit_tokens_total") == 48
-    assert value(client, "loraplex_adapter_load_seconds_count") == 2
+    assert value(client, "loraplex_adapter_load_seconds_count", source="host", target="pool") == 1
+    assert value(client, "loraplex_adapter_load_seconds_count", source="remote", target="disk") == 0
     assert value(client, "loraplex_adapters_registered") == 2
 
 
@@ -113,6 +117,31 @@ def test_experts_are_counted_for_the_adapters_that_the_engine_names(client: Test
     }
     engine.stats = EngineStats()
     assert not any(name.startswith(EXPERTS) for name, _ in scrape(client))
+
+
+def test_adapters_are_told_by_name_where_they_are_up_to_the_limit(make_client: Any, engine: Any) -> None:
+    client = make_client(max_adapter_series=3)
+    engine.adapters.update(
+        [AdapterState(path=f"/adapters/{name}", revision=0, tier="host") for name in ("red", "blue")]
+    )
+    assert value(client, "loraplex_adapter_held", adapter="red", tier="host", pinned="false") == 1
+    engine.adapters.update([AdapterState(path="/adapters/red", revision=0, tier="pool", pinned=True)])
+    assert held(client) == {("red", "pool", "true"), ("blue", "host", "false")}
+    engine.adapters.update([AdapterState(path="/adapters/blue", revision=0), AdapterState(path="/gone", revision=0)])
+    assert held(client) == {("red", "pool", "true")}
+    registry = client.app.state.edge.registry
+    for number in range(5):
+        registry.register(AdapterRef(name=str(number), path=f"/{number}"))
+        engine.adapters.update([AdapterState(path=f"/{number}", revision=0, tier="pool")])
+    assert held(client) == {(str(number), "pool", "false") for number in (2, 3, 4)}, "those that came last"
+    engine.adapters.clear()
+    assert held(client) == set()
+
+
+def held(client: TestClient) -> set[tuple[str, ...]]:
+    samples = scrape(client)
+    found = [dict(labels) for name, labels in samples if name == "loraplex_adapter_held"]
+    return {(labels["adapter"], labels["tier"], labels["pinned"]) for labels in found}
 
 
 def test_a_counter_of_the_engine_that_falls_is_a_restart(client: TestClient, engine: Any) -> None:

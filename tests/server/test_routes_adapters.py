@@ -9,8 +9,10 @@ from starlette.testclient import TestClient
 
 from loraplex.server.adapter_admin import AdapterAdmin
 from loraplex.server.adapter_registry import AdapterRegistry
+from loraplex.server.adapter_sources import SourceRules
 from loraplex.server.errors import AdapterInvalidError, InvalidRequestError
 from loraplex.server.messages import AdapterRef
+from loraplex.server.registry_keeper import RegistryKeeper
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_a_failed_reload_leaves_the_old_registration(client: TestClient, engine:
     engine.load_error = AdapterInvalidError("broken")
     assert load(client, "green", folder, load_inplace=True).status_code == 400
     assert client.get("/v1/adapters/green").json()["revision"] == 1
-    assert engine.unloaded == []
+    assert [ref.revision for ref in engine.unloaded] == [2], "what was refused is not kept by the engine either"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ async def test_loads_of_one_name_take_turns_and_a_name_is_invisible_until_verifi
     engine: Any, registry: AdapterRegistry, folder: Path
 ) -> None:
     engine.load_delay = 0.02
-    admin = AdapterAdmin(engine, registry, ())
+    admin = AdapterAdmin(engine, registry, SourceRules(), RegistryKeeper(registry, None))
     params = ("lora_name", "lora_path")
     loads = [asyncio.create_task(admin.load("green", str(folder), replace=False, params=params)) for _ in range(3)]
     await asyncio.sleep(0.01)
@@ -211,7 +213,8 @@ def test_two_thousand_names_are_registered_and_paged_without_reading_any() -> No
     registry.register_all(AdapterRef(name=f"a{at:04}", path=f"/none/{at}") for at in range(2000))
     page, has_more = registry.listed(after="a0998", limit=3)
     assert ([one.ref.name for one in page], has_more) == (["a0999", "a1000", "a1001"], True)
-    assert len(registry.refs()) == len(registry) == 2000
+    assert len(list(registry)) == len(registry) == 2000
+    registry.check_integrity()
 
 
 def test_an_adapter_may_be_named_like_a_fine_tune() -> None:

@@ -163,9 +163,7 @@ def test_an_adapters_pages_are_not_there_for_its_prompts(client: TestClient, eng
 
 
 def engine_info_of(ref: AdapterRef, pages: int) -> Any:
-    return AdapterInfo(
-        name=ref.name, path=ref.path, identity="i", kind="lora", rank=1, targets=[], bytes=1, pages=pages, tier="host"
-    )
+    return AdapterInfo(identity="i", kind="lora", rank=1, targets=[], bytes=1, pages=pages)
 
 
 @pytest.mark.parametrize(

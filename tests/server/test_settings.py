@@ -223,3 +223,28 @@ def test_defaults_of_the_engine_are_those_of_the_settings() -> None:
 
 def test_every_setting_says_what_it_is() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_a_watch_needs_a_folder_to_watch(tmp_path: Path) -> None:
+    assert "'adapters'" in fault(watch=True)
+    assert load(watch=True, adapters=tmp_path).watch_seconds == 5
+
+
+def test_sources_allowed_over_http_are_checked_at_the_start() -> None:
+    assert load(adapter_sources="s3://bucket/a/,hf://org").http_config().adapter_sources == (
+        "s3://bucket/a/",
+        "hf://org",
+    )
+    for source in ("/folder", "s3://user:secret@bucket", "http://host/a"):
+        told = fault(adapter_sources=[source])
+        assert told.startswith("adapter_sources: ")
+        assert "secret" not in told
+
+
+def test_the_engine_gets_its_share_of_the_tiers(tmp_path: Path) -> None:
+    config = load(cache_dir=tmp_path, disk_cache_bytes="1GiB", eviction="lru", max_pinned_fraction=0.25).engine_config()
+    assert (config.cache_dir, config.disk_cache_bytes, config.eviction) == (str(tmp_path), GIB, "lru")
+    assert (config.max_pinned_fraction, config.prefetch) == (0.25, True)
+    assert load().engine_config().cache_dir is None
+    assert "max_pinned_fraction" in fault(max_pinned_fraction=1.5)
+    assert "eviction" in fault(eviction="fifo")
