@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 ROOMS := server memory kernels clients
 
-.PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu clean
+.PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
+.PHONY: bench-tiers bench-pool bench-cold soak-identity clean
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -50,6 +51,18 @@ tune-gpu:  ## time block shapes of the low-rank kernels; prints the tables of ke
 
 bench-work: $(STAMP)  ## what steps make a GPU do, counted, and the host's times; needs no GPU; prints a record
 	$(BIN)/python tests/bench/gpu/work.py $(ARGS)
+
+bench-tiers: $(STAMP)  ## a pool of a quarter of the adapters, and ten thousand of them; prints records
+	$(BIN)/python tests/bench/bench_tiers.py $(ARGS)
+
+bench-pool: $(STAMP)  ## cost of pages by the size of the pool, and what a simulated day wastes; prints a record
+	$(BIN)/python tests/bench/bench_pool.py $(ARGS)
+
+bench-cold: $(STAMP)  ## loads from disk and from host memory beside plain reads and copies; prints a record
+	$(BIN)/python tests/bench/bench_cold_load.py $(ARGS)
+
+soak-identity: $(STAMP)  ## ten million operations in which nothing may be found under another identity
+	$(BIN)/python tests/bench/soak_identity.py $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -49,7 +49,8 @@ class AdapterCache:
         self._rebuild_seconds = rebuild_seconds
         self._idle: dict[str, list[int]] = {}  # the least recently used first; kept ones too
         self._pinned: dict[str, _Pinned] = {}
-        self._wanted_kept: dict[str, None] = {}  # in the order of ``keep``; resident or not
+        self._wanted_kept: dict[str, set[str]] = {}  # and by whom, in the order of ``keep``; resident or not
+        self._missing_kept: dict[str, None] = {}
         self._num_evictable = 0
         self._num_pages = 0
         self._changes: set[str] = set()
@@ -85,7 +86,7 @@ class AdapterCache:
     @property
     def missing_kept(self) -> tuple[str, ...]:
         """Adapters that an operator wants kept and that are not resident: to be paged in when there is room."""
-        return tuple(identity for identity in self._wanted_kept if not self.is_resident(identity))
+        return tuple(self._missing_kept)
 
     @property
     def kept_pages(self) -> int:
@@ -149,6 +150,7 @@ class AdapterCache:
             )
         pages = self._pool.allocate(num_pages, contiguous=True)
         self._num_pages += num_pages
+        self._missing_kept.pop(identity, None)
         self.loads += 1
         self._changes.add(identity)
         self._add_idle(identity, pages)
@@ -189,22 +191,29 @@ class AdapterCache:
         if identity in self._pool.idle:
             self._pool.idle.revalue(identity, self._worth(identity, len(self._idle[identity])))
 
-    def keep(self, identity: str) -> None:
-        """An operator wants the adapter resident, now if it is, else from its next admission on."""
+    def keep(self, identity: str, by: str = "") -> None:
+        """An operator, or whoever else, wants the adapter resident, now if it is, else from its next admission on."""
         if identity not in self._wanted_kept:
             self._file_anew(identity, kept=True)
+        self._wanted_kept[identity].add(by)
 
-    def unkeep(self, identity: str) -> None:
+    def unkeep(self, identity: str, by: str = "") -> None:
         """Undo ``keep``; unknown ones are ignored."""
-        if identity in self._wanted_kept:
-            self._file_anew(identity, kept=False)
+        wanted_by = self._wanted_kept.get(identity, set())
+        if by in wanted_by:
+            wanted_by.remove(by)
+            if not wanted_by:
+                self._file_anew(identity, kept=False)
 
     def _file_anew(self, identity: str, *, kept: bool) -> None:
         pages = self._remove_idle(identity) if identity in self._idle else None
         if kept:
-            self._wanted_kept[identity] = None
+            self._wanted_kept[identity] = set()
+            if pages is None and identity not in self._pinned:
+                self._missing_kept[identity] = None
         else:
             del self._wanted_kept[identity]
+            self._missing_kept.pop(identity, None)
         if pages is not None:
             self._add_idle(identity, pages)
 
@@ -250,6 +259,8 @@ class AdapterCache:
         self._num_pages -= len(pages)
         self._pool.release(pages)
         self._changes.add(identity)
+        if identity in self._wanted_kept:
+            self._missing_kept[identity] = None
         self.evictions_by_reason[reason] += 1
 
     def take_changes(self) -> set[str]:
@@ -259,6 +270,9 @@ class AdapterCache:
 
     def check_integrity(self) -> None:
         """AssertionError where the adapters' pages, the counts here and the pool's counts disagree."""
+        missing = [identity for identity in self._wanted_kept if not self.is_resident(identity)]
+        assert sorted(missing) == sorted(self._missing_kept)
+        assert all(self._wanted_kept.values())
         assert not self._idle.keys() & self._pinned.keys()
         idle = {identity: len(pages) for identity, pages in self._idle.items()}
         kept = {identity for identity in idle if identity in self._wanted_kept}

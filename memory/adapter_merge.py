@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from loraplex.memory.adapter_errors import AdapterFileError, shown
+from loraplex.memory.adapter_errors import AdapterChangedError, AdapterFileError, shown
 from loraplex.memory.adapter_files import read_adapter
 from loraplex.memory.adapter_hash import adapter_identity
 from loraplex.memory.adapter_spec import LAYER_SITES, MODEL_SITES, AdapterSpec, BaseShape, LowRankPair
@@ -29,16 +29,30 @@ KEY = "merged_adapters"
 
 
 def read_source(
-    path: Path | str, shape: BaseShape, *, read: Callable[..., AdapterSpec] = read_adapter, **options: Any
+    path: Path | str,
+    shape: BaseShape,
+    *,
+    read: Callable[..., AdapterSpec] = read_adapter,
+    expected: Callable[[str, int], str | None] | None = None,
+    **options: Any,
 ) -> AdapterSpec:
     """Read an adapter, or read and merge what a recipe names; arguments and errors as in ``read_adapter``.
 
-    ``read`` reads one adapter, by default from its folder.
+    ``read`` reads one adapter, by default from its folder. ``expected`` gives the content that a source of a merge must
+    have, by path and revision, where it is known.
+
+    Errors: AdapterChangedError where a source of a merge has another one.
     """
     if not str(path).startswith(PREFIX):
         return read(path, shape, **options)
     recipe = MergeRecipe.parse(str(path))
-    merged = merge_specs([read(source.path, shape, **options) for source in recipe.sources], recipe)
+    specs = [read(source.path, shape, **options) for source in recipe.sources]
+    for number, (source, spec) in enumerate(zip(recipe.sources, specs), start=1):
+        wanted = None if expected is None else expected(source.path, source.revision)
+        if wanted not in (None, spec.identity):
+            message = f"adapter {number} of the merge: its files have changed since it was registered; load it again"
+            raise AdapterChangedError(message, key=KEY)
+    merged = merge_specs(specs, recipe)
     for pair in merged.pairs:
         for half, tensor in (("A", pair.a), ("B", pair.b)):
             check_values(f"merged lora_{half} of {_shown((pair.layer, pair.site))}", tensor, options.get("dtype"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -109,7 +109,8 @@ class AdapterStore:
         self._times = ReadTimes()
         self._records = Records()
         self._moves: set[str] = set()
-        self._waiting = self._hits = self._misses = self._loads = self._failures = 0
+        self._cramped: set[Key] = set()
+        self._hits = self._misses = self._loads = self._failures = 0
         self._threads = LoaderThreads(threads, self._changed, self._load, self._fail, on_change)
         self._queue = self._threads.queue
         self._sleep = sleep or self._threads.closing.wait
@@ -131,6 +132,13 @@ class AdapterStore:
                 case _:
                     pass
 
+    def retry(self, path: str, revision: int) -> None:
+        """Try a load that has failed again at once."""
+        with self._changed:
+            record = self._records.find((path, revision))
+            if record is not None and isinstance(record.state, Failed):
+                self._start(record)
+
     def _start(self, record: Record) -> None:
         self._misses += 1
         self._records.set_state(record, Loading())
@@ -147,6 +155,12 @@ class AdapterStore:
             record.expected = identity
             if isinstance(record.state, Ready) and not record.pins:
                 self._release(record)
+
+    def expected(self, path: str, revision: int) -> str | None:
+        """The content that a read of this registration must yield; None where any will do."""
+        with self._changed:
+            record = self._records.find((path, revision))
+            return None if record is None else record.expected
 
     def state(self, path: str, revision: int) -> LoadState:
         """How far an adapter is."""
@@ -199,8 +213,7 @@ class AdapterStore:
             self._images.leave(held, record.key, "changed")
 
     def forget(self, path: str, revision: int) -> None:
-        """Let go of an adapter and of all that is known of it: now, or at the last ``unpin``. A load in flight is
-        discarded."""
+        """Let go of an adapter and of what is known of it, now or at the last ``unpin``. Its load is discarded."""
         with self._changed:
             record = self._records.find((path, revision))
             if record is None:
@@ -216,6 +229,11 @@ class AdapterStore:
         if isinstance(state, Ready):
             self._images.leave(self._held(state.image.identity), record.key, "forgotten")
         self._changed.notify_all()
+
+    def waits_for_room(self, keys: Iterable[Key]) -> bool:
+        """Whether one of these has been read and finds no room."""
+        with self._changed:
+            return not self._cramped.isdisjoint(keys)
 
     def take_changes(self) -> set[Key]:
         """Registrations whose state has changed since the last call, those forgotten left out."""
@@ -235,7 +253,7 @@ class AdapterStore:
 
     @property
     def host_bytes(self) -> int:
-        """Of all images, those being laid out included, and those that have left but are still being read."""
+        """Of all images, also those being laid out, and those that have left but are still being read."""
         with self._changed:
             return self._images.num_bytes
 
@@ -253,7 +271,7 @@ class AdapterStore:
                 host_bytes=self._images.num_bytes,
                 byte_limit=self.byte_limit,
                 loading=len(self._queue) + sum(self._records.is_current(record) for record in self._queue.running),
-                waiting_for_room=self._waiting,
+                waiting_for_room=len(self._cramped),
                 hits=self._hits,
                 misses=self._misses,
                 loads=self._loads,
@@ -353,11 +371,11 @@ class AdapterStore:
                 held = self._images.reserve(content, self._num_layers, heap_bytes, patient=patient)
                 if held is not None:
                     return held
+                self._cramped.add(record.key)
             elif held.image is not None:
                 return held
-            self._waiting += 1
             patient = self._changed.wait(_PATIENCE if patient else None)
-            self._waiting -= 1
+            self._cramped.discard(record.key)
         return None
 
     def _lay_out(self, spec: AdapterSpec, layout: ImageLayout, held: HeldImage) -> AdapterImage:

@@ -200,8 +200,8 @@ def _reserve(num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise ValueError(
-            f"byte_limit: {num_bytes} bytes of host memory cannot be reserved ({error.strerror}); expected no more than "
-            "the machine has"
+            f"byte_limit: {num_bytes} bytes of host memory cannot be reserved ({error.strerror}); expected no more "
+            "than the machine has"
         ) from error
     return torch.frombuffer(memory, dtype=dtype)
 

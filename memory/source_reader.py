@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,18 @@ class SourceReader:
 
     Args:
         cache: where remote adapters are kept; None means that there are none.
+
+    Attributes:
+        expected: the content that a registration must have, by path and revision, where anybody knows it.
     """
 
     def __init__(self, cache: DiskCache | None = None) -> None:
         self._cache = cache
+        self.expected: Callable[[str, int], str | None] | None = None
 
     def __call__(self, path: Path | str, shape: BaseShape, **options: Any) -> AdapterSpec:
         """Arguments and errors as in ``read_adapter``, TransientReadError for a remote's faults that may pass."""
-        return read_source(path, shape, read=self._read, **options)
+        return read_source(path, shape, read=self._read, expected=self.expected, **options)
 
     @contextmanager
     def open(self, path: Path | str) -> Iterator[Path]:

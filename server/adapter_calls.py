@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+import structlog
 
 from loraplex.server.adapter_directory import AdapterFailed, AdapterReady
 from loraplex.server.errors import AdapterTooLargeError, ConflictError, LoraplexError
@@ -15,6 +18,7 @@ from loraplex.server.messages import (
     ErrorInfo,
     Event,
     LoadAdapter,
+    Message,
     PinAdapter,
     PrefetchAdapter,
     RestoreAdapters,
@@ -25,6 +29,12 @@ from loraplex.server.request import AdapterPages
 
 AdapterCall = LoadAdapter | UnloadAdapter | PrefetchAdapter | PinAdapter | RestoreAdapters
 Key = tuple[str, int]
+_log = structlog.get_logger(__name__)
+
+_LOOK_AT = 32
+"""Open calls that are looked at in one step."""
+
+_MAX_UNLOADED = 10_000
 
 
 @dataclass(slots=True)
@@ -65,7 +75,8 @@ class AdapterCalls:
         self._num_open_under = num_open_under
         self._retiring: list[AdapterRef] = []
         self._max_pinned_pages = max_pinned_pages
-        self._open: list[_Open] = []
+        self._open: deque[_Open] = deque()
+        self._unloaded: OrderedDict[Key, None] = OrderedDict()
         self._pinned: dict[Key, str] = {}
         self._moved: set[Key] = set()
 
@@ -80,7 +91,7 @@ class AdapterCalls:
 
     def is_retiring(self, key: Key) -> bool:
         """Whether a registration has been unloaded and stays for its requests alone: nobody is to be told of it."""
-        return any((ref.path, ref.revision) == key for ref in self._retiring)
+        return any(_key(ref) == key for ref in self._retiring)
 
     def take_moved(self) -> set[Key]:
         """Registrations that were pinned or unpinned since the last call."""
@@ -91,13 +102,13 @@ class AdapterCalls:
         """Take a call in; its answer may be there at once."""
         match command:
             case UnloadAdapter(call_id=call_id, adapter=adapter):
-                self._unload(adapter)
-                return [CallDone(call_id=call_id)]
+                return [*self._unload(adapter), CallDone(call_id=call_id)]
             case PinAdapter(call_id=call_id, adapter=adapter, pinned=False):
-                self._unpin(adapter)
-                return [CallDone(call_id=call_id, adapter=self._directory.info(adapter))]
+                answers = self._unpin(adapter)
+                return [*answers, CallDone(call_id=call_id, adapter=self._directory.info(adapter))]
             case RestoreAdapters(adapters=adapters):
                 for one in adapters:
+                    self._unloaded.pop(_key(one.adapter), None)
                     if one.identity is not None:
                         self._directory.expect(one.adapter, one.identity)
                     if one.pinned:
@@ -107,6 +118,7 @@ class AdapterCalls:
         return []
 
     def _begin(self, call_id: str | None, command: LoadAdapter | PrefetchAdapter | PinAdapter) -> None:
+        self._unloaded.pop(_key(command.adapter), None)
         if isinstance(command, LoadAdapter):
             self._directory.refresh(command.adapter)
         self._directory.hold(command.adapter)
@@ -118,24 +130,25 @@ class AdapterCalls:
             self._retiring.remove(ref)
             self._directory.release_hold(ref)
             self._forget(ref)
-        if not self._open:
-            return []
         events: list[Event] = []
-        still: list[_Open] = []
-        for call in self._open:
+        for _ in range(min(len(self._open), _LOOK_AT)):
+            call = self._open.popleft()
             try:
                 is_done = self._get_on(call)
             except LoraplexError as error:
-                self._end(call, CallFailed(call_id=call.call_id or "", error=ErrorInfo.of(error)), events)
-                if isinstance(call.command, LoadAdapter):
-                    self._directory.forget(call.adapter)
+                if call.call_id is None and isinstance(error, AdapterTooLargeError | ConflictError):
+                    _log.warning("a pinned adapter is pinned no more", adapter=call.adapter.name, reason=error.message)
+                    self._end(call, CallFailed(call_id="", error=ErrorInfo.of(error)), events)
+                elif call.call_id is None:
+                    self._open.append(call)  # a pin of before the engine's restart is tried for as long as it is wanted
+                else:
+                    self._end(call, CallFailed(call_id=call.call_id, error=ErrorInfo.of(error)), events)
                 continue
             if is_done:
                 info = self._directory.info(call.adapter)
                 self._end(call, CallDone(call_id=call.call_id or "", adapter=info), events)
             else:
-                still.append(call)
-        self._open = still
+                self._open.append(call)
         return events
 
     def _end(self, call: _Open, answer: Event, events: list[Event]) -> None:
@@ -166,17 +179,32 @@ class AdapterCalls:
             return not self._prefetcher.is_asked(image.identity)
         return True
 
-    def _unload(self, ref: AdapterRef) -> None:
+    def note_request(self, refs: Iterable[AdapterRef]) -> None:
+        """A request has come for these; one that has been unloaded meanwhile goes with its last request."""
+        for ref in refs:
+            if _key(ref) in self._unloaded:
+                self._retire(ref)
+
+    def _unload(self, ref: AdapterRef) -> list[Event]:
         """Forget a registration. Its files may be gone or others by now: what its requests began with is kept."""
-        if not self._num_open_under(ref):
+        answers = self._end_calls(ref)
+        self._unloaded[_key(ref)] = None
+        if len(self._unloaded) > _MAX_UNLOADED:
+            self._unloaded.popitem(last=False)
+        if self._num_open_under(ref):
+            self._retire(ref)
+        else:
             self._forget(ref)
-        elif ref not in self._retiring:
+        return answers
+
+    def _retire(self, ref: AdapterRef) -> None:
+        if ref not in self._retiring:
             self._retiring.append(ref)
             self._directory.hold(ref)
             self._directory.keep(ref)
 
     def _forget(self, ref: AdapterRef) -> None:
-        identity = self._unpin(ref)
+        identity = self._remove_pin(ref)
         self._directory.forget(ref)
         if identity is not None and (other := self._directory.ref_of(identity)) is not None:
             self._prefetcher.move(identity, other)
@@ -197,29 +225,35 @@ class AdapterCalls:
                     param="pinned",
                 )
             self._prefetcher.keep(image)
-        self._pinned[ref.path, ref.revision] = image.identity
-        self._moved.add((ref.path, ref.revision))
+        self._pinned[_key(ref)] = image.identity
+        self._moved.add(_key(ref))
 
-    def _unpin(self, ref: AdapterRef) -> str | None:
-        """Pin a registration no longer. Returns its content, if that stays pinned by another one."""
-        key = (ref.path, ref.revision)
-        self._open = [call for call in self._open if not self._is_void(call, key)]
-        identity = self._pinned.pop(key, None)
+    def _unpin(self, ref: AdapterRef) -> list[Event]:
+        """Pin a registration no longer, nor when it has been read."""
+        self._remove_pin(ref)
+        return self._end_calls(ref, PinAdapter)
+
+    def _remove_pin(self, ref: AdapterRef) -> str | None:
+        """Returns the content, if that stays pinned by another registration."""
+        identity = self._pinned.pop(_key(ref), None)
         if identity is None:
             return None
-        self._moved.add(key)
+        self._moved.add(_key(ref))
         if identity in self._pinned.values():
             return identity
         self._prefetcher.unkeep(identity)
         return None
 
-    def _is_void(self, call: _Open, key: Key) -> bool:
-        """Whether a call is a pin without anybody who waits, of a registration that is to be pinned no more."""
-        is_void = (
-            call.call_id is None
-            and isinstance(call.command, PinAdapter)
-            and (call.adapter.path, call.adapter.revision) == key
-        )
-        if is_void:
-            self._directory.release_hold(call.adapter)
-        return is_void
+    def _end_calls(self, ref: AdapterRef, kind: type[Message] = Message) -> list[Event]:
+        """End open calls about a registration that is to be what they wanted no more."""
+        events: list[Event] = []
+        error = ErrorInfo.of(ConflictError(f"Adapter '{ref.name}' was unloaded or unpinned meanwhile."))
+        ended = [call for call in self._open if _key(call.adapter) == _key(ref) and isinstance(call.command, kind)]
+        for call in ended:
+            self._open.remove(call)
+            self._end(call, CallFailed(call_id=call.call_id or "", error=error), events)
+        return events
+
+
+def _key(ref: AdapterRef) -> Key:
+    return ref.path, ref.revision

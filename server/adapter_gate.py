@@ -30,7 +30,7 @@ class AtHand(Enum):
 
     YES = "all are in the pool or on the host"
     LOADING = "some are on their way to the host; the sequence stands aside for them"
-    TOO_MANY = "enough others load already"
+    TOO_MANY = "enough others load already, or another mix does"
     FAILED = "one cannot be served; the request has failed"
 
 
@@ -68,6 +68,7 @@ class AdapterGate:
         self._note_arrival = note_arrival
         self._clock = clock
         self.waits = AdapterWaits(directory)
+        self._partial: set[Sequence] = set()  # under mixes: they hold some adapters and wait for others
         self.lookups: Counter[tuple[AdapterTier, str]] = Counter()
 
     @property
@@ -83,6 +84,8 @@ class AdapterGate:
         if not sequence.holds_adapters:
             if not self.has_room and any(self._would_load(ref) for ref in request.weights):
                 return AtHand.TOO_MANY
+            if self._would_contend(request):
+                return AtHand.TOO_MANY
             self._hold(sequence)
         loading: list[AdapterRef] = []
         ready: list[tuple[AdapterRef, AdapterReady]] = []
@@ -96,9 +99,12 @@ class AdapterGate:
                 case AdapterReady() as status:
                     ready.append((ref, status))
         if loading:
+            if len(request.weights) > 1:
+                self._partial.add(sequence)
             request.waited_for_adapter = True
             self.waits.add(sequence, loading)
             return AtHand.LOADING
+        self._partial.discard(sequence)
         accepted = self._is_unchanged if request.adapters is not None else self._accept
         return AtHand.YES if accepted(request, ready, fail) else AtHand.FAILED
 
@@ -121,6 +127,15 @@ class AdapterGate:
     def _would_load(self, ref: AdapterRef) -> bool:
         return ref not in self.waits.loading and not self._directory.is_at_hand(ref)
 
+    def _would_contend(self, request: Request) -> bool:
+        """Whether a mix would hold some adapters while it waits for others, as another mix does already: they could keep
+        each other from the host."""
+        return (
+            len(request.weights) > 1
+            and any(sequence.request is not request for sequence in self._partial)
+            and not all(self._directory.is_at_hand(ref) for ref in request.weights)
+        )
+
     def _hold(self, sequence: Sequence) -> None:
         sequence.holds_adapters = True
         request = sequence.request
@@ -132,6 +147,7 @@ class AdapterGate:
     def let_go(self, sequence: Sequence) -> None:
         """A sequence waits for its adapters no longer: it has them in the pool, or has ended."""
         self.waits.discard(sequence)
+        self._partial.discard(sequence)
         if sequence.holds_adapters:
             sequence.holds_adapters = False
             for ref in sequence.request.weights:

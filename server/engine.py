@@ -8,6 +8,7 @@ while the host prepares; two steps are in flight at most.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -153,6 +154,11 @@ class Engine:
         is_busy = parts.scheduler.has_work or self._in_flight is not None or len(parts.scheduler.page_ins) > 0
         return is_busy or parts.calls.has_work or parts.scheduler.prefetcher.has_work
 
+    @property
+    def has_prospects(self) -> bool:
+        """Whether an idle engine should look again in a while for what it could bring up."""
+        return self._parts.history is not None and self._parts.history.is_active
+
     def handle(self, command: Command) -> None:
         """Take a command in. Errors become events."""
         match command:
@@ -170,6 +176,9 @@ class Engine:
             self._parts.scheduler.add(command)
         except LoraplexError as error:
             self._failed.append(RequestFailed(request_id=command.request_id, error=ErrorInfo.of(error)))
+        else:
+            refs = [command.adapter] if command.adapter is not None else [part.adapter for part in command.mix]
+            self._parts.calls.note_request(refs)
 
     def _answer(self, answers: list[Event]) -> None:
         """Whoever made a call should find its effect when the answer is there."""
@@ -187,6 +196,7 @@ class Engine:
         outputs: list[TokenOutput] = []
         try:
             self._run_step(outputs)
+            self._answer(self._parts.calls.poll())
         except Exception as error:
             _log.exception("a step failed; its requests end with an error")
             self._in_flight = None
@@ -323,7 +333,9 @@ class Engine:
         self._parts.scheduler.check_integrity()
 
     def close(self) -> None:
-        """Stop the loader threads."""
+        """Stop the loader threads, once no copy reads what they have laid out."""
+        with contextlib.suppress(RuntimeError):  # the device may be what failed
+            self._parts.runner.forget_all()
         self._parts.store.close()
 
 

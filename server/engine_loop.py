@@ -35,4 +35,6 @@ def _patience(engine: Engine) -> float | None:
     """How long to wait for a command. Waiting for a load also ends by itself, should a wake-up get lost."""
     if engine.is_runnable:
         return 0.0
-    return 0.5 if engine.has_work else None
+    if engine.has_work:
+        return 0.5
+    return 1.0 if engine.has_prospects else None

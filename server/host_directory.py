@@ -7,12 +7,18 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping
 
 from loraplex.memory.adapter_cache import AdapterCache
-from loraplex.memory.adapter_errors import AdapterFileError
+from loraplex.memory.adapter_errors import AdapterFileError, TransientReadError
 from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.adapter_store import AdapterStore, Content, Failed, Loading, Ready
 from loraplex.memory.merge_recipe import PREFIX
 from loraplex.server.adapter_directory import AdapterFailed, AdapterLoading, AdapterReady, AdapterStatus
-from loraplex.server.errors import AdapterInvalidError, AdapterTooLargeError, EngineError, LoraplexError
+from loraplex.server.errors import (
+    AdapterInvalidError,
+    AdapterTooLargeError,
+    EngineError,
+    LoraplexError,
+    UnavailableError,
+)
 from loraplex.server.messages import AdapterInfo, AdapterRef, AdapterState, AdapterTier, ErrorInfo
 from loraplex.server.request import AdapterPages
 
@@ -134,14 +140,16 @@ class HostDirectory:
         ``forget``, though its files may change. In the pool it gives way to what could not run otherwise."""
         if isinstance(self._store.state(ref.path, ref.revision), Ready) and self._pin_held(ref):
             return
-        known = self._known.get(_key(ref))
-        if known is not None and not self._resident.is_kept(known.identity):
-            self._resident.keep(known.identity)
-            self._retained[_key(ref)] = known.identity
+        key = _key(ref)
+        known = self._known.get(key)
+        if known is not None:
+            self._resident.keep(known.identity, by=repr(key))
+            self._retained[key] = known.identity
 
     def is_full_of(self, refs: Collection[AdapterRef]) -> bool:
-        """Whether a load waits for room while nothing but these adapters is pinned in the store."""
-        return self._pinned <= {_key(ref) for ref in refs} and self._store.stats.waiting_for_room > 0
+        """Whether one of these adapters waits for room while nothing but these is pinned in the store."""
+        keys = {_key(ref) for ref in refs}
+        return self._pinned <= keys and self._store.waits_for_room(keys)
 
     def image(self, ref: AdapterRef) -> AdapterImage:
         """The image of an adapter that is held and was found on the host."""
@@ -166,37 +174,40 @@ class HostDirectory:
         return AdapterPages(known.identity, ref, known.num_pages)
 
     def refresh(self, ref: AdapterRef) -> None:
-        """The first read of a registration is to see what its source holds now, and not what was fetched before."""
+        """The first read of a registration is to see what its source holds now, not what was fetched before, nor the
+        error that it met a moment ago."""
+        self._store.retry(*_key(ref))
         if self._expire is not None and _key(ref) not in self._known:
             with contextlib.suppress(AdapterFileError):  # the read will say the same
                 self._expire(ref.path)
 
     def expect(self, ref: AdapterRef, identity: str) -> None:
-        """Whatever is read for a registration must have this content."""
+        """Whatever is read for a registration must have this content; what was known of another one is void."""
+        known = self._known.get(_key(ref))
+        if known is not None and known.identity != identity:
+            self._unknow(_key(ref))
         self._store.expect(*_key(ref), identity)
 
-    def forget(self, ref: AdapterRef) -> str | None:
-        """Let go of a registration; what runs under it goes on.
-
-        Returns:
-            Its identity, if nothing is registered under that any more.
-        """
+    def forget(self, ref: AdapterRef) -> None:
+        """Let go of a registration; what runs under it goes on."""
         key = _key(ref)
         self._store.forget(*key)
-        self._names.pop(key, None)
         retained = self._retained.pop(key, None)
         if retained is not None:
-            self._resident.unkeep(retained)
+            self._resident.unkeep(retained, by=repr(key))
+        self._unknow(key)
+
+    def _unknow(self, key: Key) -> None:
+        """Forget what a registration stands for; a content that nothing stands for any more leaves the pool."""
+        self._names.pop(key, None)
         gone = self._known.pop(key, None)
         if gone is None:
-            return None
+            return
         keys = self._keys_of[gone.identity]
         keys.remove(key)
-        if keys:
-            return None
-        del self._keys_of[gone.identity]
-        self._resident.drop(gone.identity)
-        return gone.identity
+        if not keys:
+            del self._keys_of[gone.identity]
+            self._resident.drop(gone.identity)
 
     def info(self, ref: AdapterRef) -> AdapterInfo | None:
         """What is known of an adapter; None if it has never been read."""
@@ -288,6 +299,8 @@ def _mix_problem(content: Content) -> str | None:
 
 def to_loraplex_error(ref: AdapterRef, error: BaseException) -> LoraplexError:
     """What clients hear of a failed load."""
+    if isinstance(error, TransientReadError):
+        return UnavailableError(f"Adapter '{ref.name}': {error.message}", param=error.key, code="adapter_unavailable")
     if not isinstance(error, AdapterFileError):
         return EngineError(f"Adapter '{ref.name}' could not be read: {type(error).__name__}.")
     kind = AdapterTooLargeError if error.key == "bytes" else AdapterInvalidError

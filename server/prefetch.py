@@ -98,24 +98,35 @@ class Prefetcher:
             if self._may_begin:
                 del self._asked[image.identity]
                 self._bring(image, plan, reserve)
-        # No more sequences than may be under way: those behind them would put out what others in line have.
-        for sequence in islice(next_in_line, self._limit):
-            if sequence.holds_adapters and sequence.request.adapters is not None:
-                for image in sequence.request.images:
-                    self._bring(image, plan, reserve)
+        self._bring_next(islice(next_in_line, self._limit), plan, reserve)
+
+    def _bring_next(self, sequences: Iterable[Sequence], plan: StepPlan, reserve: int) -> None:
+        """What the next in line miss, in their order, without putting out what they have."""
+        wanted = [image for sequence in sequences for image in sequence.request.images]
+        here = {image.identity for image in wanted if self._adapters.is_resident(image.identity)}
+        for identity in here:
+            self._adapters.pin(identity)
+        for image in wanted:
+            if not self._adapters.is_resident(image.identity) and not self._bring(image, plan, reserve):
+                break
+        for identity in here:
+            self._adapters.unpin(identity)
 
     @property
     def _may_begin(self) -> bool:
         return len(self._page_ins) < max(1, self._limit)
 
-    def _bring(self, image: AdapterPages, plan: StepPlan, reserve: int) -> None:
-        """Plan one page-in, where there is room."""
+    def _bring(self, image: AdapterPages, plan: StepPlan, reserve: int) -> bool:
+        """Plan one page-in; False where there is no room, or nothing on the host."""
         if not self._may_begin or self._adapters.is_resident(image.identity):
-            return
+            return False
         if image.num_pages + reserve > self._pool.num_reachable:
-            return
+            return False
         self._directory.hold(image.ref)
-        if isinstance(self._directory.lookup(image.ref), AdapterReady):
+        found = self._directory.lookup(image.ref)
+        is_there = isinstance(found, AdapterReady) and found.identity == image.identity
+        if is_there:
             plan.page_ins.append(self._page_ins.begin(image))
             self.prefetched += 1
         self._directory.release_hold(image.ref)
+        return is_there

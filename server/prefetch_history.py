@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from loraplex.memory.adapter_cache import AdapterCache
-from loraplex.memory.adapter_store import AdapterStore
+from loraplex.memory.adapter_store import Absent, AdapterStore
 from loraplex.memory.arrival_rates import ArrivalRates
 from loraplex.memory.page_pool import PagePool
 from loraplex.server.errors import AdapterTooLargeError
@@ -30,6 +30,9 @@ class HistoryPrefetch:
         directory, store: the host.
         pool, adapters, prefetcher: the pool.
         clock: monotonic seconds.
+
+    Attributes:
+        is_active: whether the last look brought something up: there may be more.
     """
 
     def __init__(
@@ -50,26 +53,30 @@ class HistoryPrefetch:
         self._prefetcher = prefetcher
         self._clock = clock
         self._next_at = clock()
+        self.is_active = False
 
     def poll(self) -> None:
         """Look for something to bring up, if it is time; call it while nobody waits."""
         if self._clock() < self._next_at:
             return
         self._next_at = self._clock() + _EVERY_SECONDS
+        self.is_active = False
         for identity in self._rates.most_wanted(_LOOK_AT):
             assert isinstance(identity, str)
             ref = None if self._adapters.is_resident(identity) else self._directory.ref_of(identity)
             if ref is not None and self._bring_up(identity, ref):
+                self.is_active = True
                 return
 
     def _bring_up(self, identity: str, ref: AdapterRef) -> bool:
         content = self._directory.content_of(identity)
         assert content is not None
         if not self._store.holds(identity):
-            has_room = content.num_bytes <= self._store.free_bytes
-            if has_room:
-                self._store.request(ref.path, ref.revision)
-            return has_room
+            may_load = isinstance(self._store.state(ref.path, ref.revision), Absent)
+            if not may_load or content.num_bytes > self._store.free_bytes:
+                return False
+            self._store.request(ref.path, ref.revision)
+            return True
         if content.num_pages > self._pool.num_free - _FREE_SHARE * self._pool.num_pages:
             return False
         try:

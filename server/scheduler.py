@@ -113,6 +113,7 @@ class Scheduler:
         self._num_live = 0
         self._next_seq_id = 0
         self._in_flight: list[StepPlan] = []
+        self._planned = StepPlan()
         self.preemptions = 0
 
     @property
@@ -207,7 +208,9 @@ class Scheduler:
         ended, self._in_flight = self._ended, []
         for sequence in ended:
             self._give_up_pages(sequence)
-        failed = [self.fail(request_id, error) for request_id in list(self._requests)]
+        # A plan that was not finished has its word to say, too.
+        told, self._planned = self._planned.failed, StepPlan()
+        failed = [*told, *(self.fail(request_id, error) for request_id in list(self._requests))]
         self.page_ins.give_up()
         return [message for message in failed if message is not None]
 
@@ -219,7 +222,7 @@ class Scheduler:
         assert len(self._in_flight) <= 1, "the step before the last one has not been completed"
         for last in self._in_flight:
             last.anticipate()
-        plan = StepPlan()
+        plan = self._planned = StepPlan()
         preemptions = self.preemptions
         self._plan_decodes(plan)
         budget = self._plan_prefills(plan, self._config.max_batch_tokens - len(plan.chunks))
@@ -230,6 +233,7 @@ class Scheduler:
         self._admission.admit(plan, self._running, budget if may_enter else 0, fail, idle=not self._in_flight)
         is_full = not may_enter or self._admission.blocked is not None
         self.prefetcher.plan(plan, [] if is_full else self._admission.next_in_line(), reserve=len(self._running))
+        self._planned = StepPlan()
         if plan.chunks:
             self._in_flight.append(plan)
         return plan

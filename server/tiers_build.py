@@ -103,6 +103,7 @@ def build_tiers(
         order=_order(config),
         on_change=on_change,
     )
+    sources.expected = store.expected
     costs = RebuildCosts(store, shape.page_tokens, shape.page_bytes)
     pool = PagePool(num_pages, on_release=on_release, order=_order(config))
     adapters = AdapterCache(pool, pool_rates, costs.of_adapter)

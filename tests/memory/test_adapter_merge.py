@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 
-from loraplex.memory.adapter_errors import AdapterFileError
+from loraplex.memory.adapter_errors import AdapterChangedError, AdapterFileError
 from loraplex.memory.adapter_files import read_adapter
 from loraplex.memory.adapter_merge import draws_seed, merge_specs, read_source
 from loraplex.memory.adapter_spec import AdapterSpec, BaseShape, LowRankPair, Routing
@@ -224,3 +224,19 @@ def test_warnings_name_the_source(folder: Path, base_shape: BaseShape, edit_conf
     assert len(merged.warnings) == 2
     assert str(folder) in merged.warnings[0]
     assert "strange_setting" in merged.warnings[0]
+
+
+def test_a_merge_is_made_of_what_its_sources_were_registered_with(adapters: list[Path], base_shape: BaseShape) -> None:
+    known = {str(folder): read_adapter(folder, base_shape).identity for folder in adapters[:2]}
+    recipe = recipe_of(adapters[:2], [0.5, 0.5])
+    asked: list[tuple[str, int]] = []
+
+    def expected(path: str, revision: int) -> str | None:
+        asked.append((path, revision))
+        return known.get(path)
+
+    read_source(recipe.to_path(), base_shape, expected=expected)
+    assert asked == [(str(folder), 0) for folder in adapters[:2]]
+    known[str(adapters[1])] = "other"
+    with pytest.raises(AdapterChangedError, match="adapter 2 of the merge"):
+        read_source(recipe.to_path(), base_shape, expected=expected)

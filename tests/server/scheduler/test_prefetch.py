@@ -31,6 +31,20 @@ def test_adapters_of_the_next_in_line_come_in_while_the_batch_is_full(make_rig: 
     assert {output.adapter_load_seconds for output in outputs if output.request_id == "next"} >= {0.0}
 
 
+def test_the_next_in_line_do_not_put_out_what_each_other_has(make_rig: Make) -> None:
+    rig = make_rig(num_pages=5, max_running=1)
+    rig.add("running", prompt=4, max_tokens=8)
+    rig.step()
+    for name in "ab":
+        rig.add(name, adapter=name)
+    brought = []
+    for _ in range(4):
+        plan = rig.scheduler.schedule()
+        brought += [page_in.identity for page_in in plan.page_ins]
+        rig.complete(plan)
+    assert brought == ["a"]
+
+
 def test_no_more_are_prefetched_than_the_limit_says(make_rig: Make) -> None:
     rig = make_rig(max_running=1, max_prefetches=2)
     rig.add("running", max_tokens=20)
