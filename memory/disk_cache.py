@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -22,6 +23,9 @@ from loraplex.memory.source_remote import Remote, RemoteListing
 _log = logging.getLogger(__name__)
 
 _MAX_RECENT = 1000
+
+_AWAY_SECONDS = 30.0
+"""For so long after a remote could not be reached it is not asked about what is here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,8 @@ class DiskCache:
         byte_limit: budget of all adapters together.
         remote: what is asked for files.
         order: of eviction; by worth if None.
-        check_seconds: for so long after the remote was asked for a source's version, it is not asked again.
+        check_seconds: for so long after the remote was asked for a source's version, it is not asked again; infinity is
+            never, but for ``expire``.
         memory_seconds: as in ``ArrivalRates``.
         clock: monotonic seconds.
 
@@ -78,6 +83,7 @@ class DiskCache:
         self._root, self._remote, self._clock, self._check_seconds = root, remote, clock, check_seconds
         self._lock = threading.Lock()
         self._checked: dict[str, float] = {}
+        self._away: dict[tuple[str, str], float] = {}  # remotes that could not be reached, and when
         self._expired: set[str] = set()
         self._hits = self._misses = 0
         self._recent: deque[float] = deque(maxlen=_MAX_RECENT)
@@ -95,7 +101,8 @@ class DiskCache:
     def open(self, source: AdapterSource) -> Iterator[Path]:
         """A folder with an adapter's files, which stays as it is until the context is left.
 
-        What is here is served while the remote cannot be reached, unless ``expire`` was called since it last was.
+        What is here is served while the remote cannot be reached, unless ``expire`` was called since it last was. One
+        adapter waits for a remote that is away; for some seconds after that, the others on it do not.
 
         Errors: TransientReadError for faults that may pass; AdapterFileError for those that will not, for an adapter
         larger than the budget (key ``bytes``), and for a disk that is full or cannot be written.
@@ -144,13 +151,13 @@ class DiskCache:
         url = source.url
         with self._lock:
             self._entries.note(url)
-            held = self._hold_checked(url)
+            held = self._hold_checked(source)
         if held is not None:
             return held
         with self._folder.fetching(url):
             # Whoever was waited for may have fetched it.
             with self._lock, self._entries.changing():
-                held = self._hold_checked(url)
+                held = self._hold_checked(source)
             if held is not None:
                 return held
             listing = self._ask(source)
@@ -160,12 +167,21 @@ class DiskCache:
                 return held
             return self._fetch(source, listing or self._remote.list_files(source))
 
-    def _hold_checked(self, url: str) -> HeldEntry | None:
-        """Hold what is here of a source whose version was asked for lately."""
+    def _hold_checked(self, source: AdapterSource) -> HeldEntry | None:
+        """Hold what is here of a source whose version was asked for lately, or cannot be asked for at present."""
+        url = source.url
+        if url in self._expired:
+            return None
         checked = self._checked.get(url)
-        if checked is None or url in self._expired or self._clock() - checked >= self._check_seconds:
+        is_due = checked is None or self._clock() - checked >= self._check_seconds
+        # Who never asks again on its own does not ask either for what it finds at its start.
+        if is_due and not math.isinf(self._check_seconds) and not self._is_away(source):
             return None
         return self._hold(url, None)
+
+    def _is_away(self, source: AdapterSource) -> bool:
+        since = self._away.get(_server_of(source))
+        return since is not None and self._clock() - since < _AWAY_SECONDS
 
     def _hold(self, url: str, version: str | None) -> HeldEntry | None:
         """Hold what is here of a source if it has this version, or if any will do."""
@@ -178,18 +194,25 @@ class DiskCache:
     def _ask(self, source: AdapterSource) -> RemoteListing | None:
         """What the remote has; None if it cannot be reached and what is here will do."""
         url = source.url
+        with self._lock:
+            was_expired = url in self._expired
+            self._expired.discard(url)
         try:
             listing = self._remote.list_files(source)
-        except TransientReadError as error:
+        except BaseException as error:
             with self._lock:
-                if url in self._expired or self._entries.version(url) is None:
+                if was_expired:
+                    self._expired.add(url)
+                if isinstance(error, TransientReadError):
+                    self._away[_server_of(source)] = self._clock()
+                if was_expired or not isinstance(error, TransientReadError) or self._entries.version(url) is None:
                     raise
                 self._checked[url] = self._clock()
             _log.warning("%s: served from the disk cache: %s", url, error.message)
             return None
         with self._lock:
             self._checked[url] = self._clock()
-            self._expired.discard(url)
+            self._away.pop(_server_of(source), None)
         return listing
 
     def _fetch(self, source: AdapterSource, listing: RemoteListing) -> HeldEntry:
@@ -235,3 +258,8 @@ class DiskCache:
             yield
         except OSError as error:
             raise disk_error(self._root, error) from error
+
+
+def _server_of(source: AdapterSource) -> tuple[str, str]:
+    """What is reached, or is not, as one: a bucket, or the whole hub."""
+    return source.scheme, "" if source.scheme == "hf" else source.bucket

@@ -92,7 +92,8 @@ def _faults(source: AdapterSource) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled:
-        raise AdapterFileError(
+        # What is on disk is served, as while the hub cannot be reached for any other reason.
+        raise TransientReadError(
             f"{source.url}: the hub is not asked while HF_HUB_OFFLINE is set; give a local folder, or unset it"
         ) from None
     except (GatedRepoError, DisabledRepoError):

@@ -23,6 +23,11 @@ class LoadQueue(Generic[Job]):
         return len(self._waiting) + len(self._held_up)
 
     @property
+    def has_next(self) -> bool:
+        """Whether a job could be started."""
+        return bool(self._waiting)
+
+    @property
     def running(self) -> tuple[Job, ...]:
         return tuple(self._running.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from traceback import format_exception
 
@@ -14,11 +15,20 @@ from loraplex.memory.store_records import Record
 _log = logging.getLogger(__name__)
 
 
+MOST_THREADS = 64
+"""However many loads are stuck."""
+
+_STUCK_SECONDS = 0.5
+
+
 class LoaderThreads:
     """Threads that load what is queued. No exception ends one.
 
+    While they are stuck in loads that take long, as where a file system hangs, a remote is slow or an image waits for
+    room, further ones are started: a load waits for no other one for longer than half a second.
+
     Args:
-        count: of threads.
+        count: of threads that work when nothing is stuck.
         changed: the store's condition, notified whenever something may go on.
         load: loads one; called without the lock.
         fail: told an error of ``load``, likewise.
@@ -41,18 +51,38 @@ class LoaderThreads:
         self.closing = threading.Event()
         self._changed = changed
         self._load, self._fail, self._on_change = load, fail, on_change
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        self._count = count
+        self._busy_since: dict[int, float] = {}
+        self._threads: list[threading.Thread] = []
+        self._watch = threading.Thread(target=self._relieve, daemon=True)
 
     def start(self) -> None:
         """Begin to load."""
-        for thread in self._threads:
-            thread.start()
+        for _ in range(self._count):
+            self._add_thread()
+        self._watch.start()
+
+    def _add_thread(self) -> None:
+        thread = threading.Thread(target=self._work, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _relieve(self) -> None:
+        """Start a thread while something waits and fewer than ``count`` threads are free or have just begun."""
+        while not self.closing.wait(_STUCK_SECONDS / 2):
+            with self._changed:
+                stuck_at = time.monotonic() - _STUCK_SECONDS
+                stuck = sum(since < stuck_at for since in self._busy_since.values())
+                free = len(self._threads) - stuck
+                if self.queue.has_next and free < self._count and len(self._threads) < MOST_THREADS:
+                    self._add_thread()
 
     def close(self) -> None:
         """End the threads; loads under way are waited for."""
         with self._changed:
             self.closing.set()
             self._changed.notify_all()
+        self._watch.join()
         for thread in self._threads:
             thread.join()
 
@@ -63,13 +93,24 @@ class LoaderThreads:
 
     def _next(self) -> Record | None:
         """Wait for a registration whose key no other thread is loading; None at the end."""
+        me = threading.get_ident()
         with self._changed:
+            self._busy_since.pop(me, None)
             while not self.closing.is_set():
+                if self._is_spare():
+                    self._threads.remove(threading.current_thread())
+                    break
                 record = self.queue.start()
                 if record is not None:
+                    self._busy_since[me] = time.monotonic()
                     return record
                 self._changed.wait()
         return None
+
+    def _is_spare(self) -> bool:
+        """Whether a thread may end that was started while others were stuck."""
+        free = len(self._threads) - len(self._busy_since)
+        return not self.queue.has_next and len(self._threads) > self._count and free > self._count
 
     def _run(self, record: Record) -> None:
         try:

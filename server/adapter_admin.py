@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -34,7 +35,7 @@ class AdapterAdmin:
         keeper: of what must survive a restart.
 
     Attributes:
-        on_release: called with each registration that is no more.
+        on_release: called with each registration that is no more, once what is kept for a restart says so, too.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class AdapterAdmin:
         async with self._lock(name):
             adapter = self._registry.named(name, param)
             self._registry.remove(name)
+            self._keeper.forget(name)
             await self._release(adapter)
             await self._keeper.saved()
             return adapter
@@ -220,7 +222,7 @@ class AdapterAdmin:
     async def _release(self, adapter: RegisteredAdapter) -> None:
         await self._unload(adapter.ref)
         for callback in self.on_release:
-            callback(adapter)
+            self._keeper.once_saved(partial(callback, adapter))
 
     async def _unload(self, ref: AdapterRef) -> None:
         """Has the engine forget a registration; one that is dead has."""

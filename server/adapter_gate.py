@@ -30,7 +30,8 @@ class AtHand(Enum):
 
     YES = "all are in the pool or on the host"
     LOADING = "some are on their way to the host; the sequence stands aside for them"
-    TOO_MANY = "enough others load already, or another mix does"
+    TOO_MANY = "enough others load already"
+    CONTENDED = "another mix holds some adapters while it waits for others"
     FAILED = "one cannot be served; the request has failed"
 
 
@@ -85,7 +86,7 @@ class AdapterGate:
             if not self.has_room and any(self._would_load(ref) for ref in request.weights):
                 return AtHand.TOO_MANY
             if self._would_contend(request):
-                return AtHand.TOO_MANY
+                return AtHand.CONTENDED
             self._hold(sequence)
         loading: list[AdapterRef] = []
         ready: list[tuple[AdapterRef, AdapterReady]] = []
@@ -128,8 +129,8 @@ class AdapterGate:
         return ref not in self.waits.loading and not self._directory.is_at_hand(ref)
 
     def _would_contend(self, request: Request) -> bool:
-        """Whether a mix would hold some adapters while it waits for others, as another mix does already: they could keep
-        each other from the host."""
+        """Whether a mix would hold some adapters while it waits for others, as another one does already: they could
+        keep each other from the host."""
         return (
             len(request.weights) > 1
             and any(sequence.request is not request for sequence in self._partial)

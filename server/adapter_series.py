@@ -61,10 +61,10 @@ class AdapterSeries:
             try:
                 for key in reversed(here):
                     state, name = self._engine.adapters.state_at(key), self._registry.name_at(key)
-                    if state.tier == tier and name is not None:
-                        yield state, name
-                    else:
+                    if state.tier != tier:
                         gone.append(key)
+                    elif name is not None:  # one that is still being verified gets its name in a moment
+                        yield state, name
             finally:
                 for key in gone:
                     del here[key]

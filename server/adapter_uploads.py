@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakValueDictionary
@@ -27,7 +27,7 @@ from loraplex.server.adapter_registry import AdapterRegistry, RegisteredAdapter,
 from loraplex.server.engine_client import EngineClient
 from loraplex.server.errors import InvalidRequestError, LoraplexError, UnavailableError
 from loraplex.server.lifecycle import check_ready
-from loraplex.server.registry_file import KEPT, RegistryFile, sync_folder
+from loraplex.server.registry_file import KEPT, RegistryFile, folder_place, sync_folder
 from loraplex.server.request_uploads import ARCHIVE, OVERHEAD_BYTES, UploadForm, too_large
 from loraplex.server.upload_archive import FILE_NAMES, unpack_adapter
 
@@ -163,11 +163,14 @@ class AdapterUploads:
         self, folder: Path, target: Path, name: str, *, replace: bool, wishes: Wishes
     ) -> RegisteredAdapter:
         async with self._lock(target):
-            await asyncio.to_thread(_place, folder, target)
+            is_new = await asyncio.to_thread(_place, folder, target)
             try:
                 return await self._admin.adopt(name, str(target), replace=replace, wishes=wishes)
             finally:
-                await self._remove_unused(target)
+                if any(adapter.ref.path == str(target) for adapter in self._registry):
+                    (target / KEPT).unlink(missing_ok=True)
+                elif is_new:  # else whatever has brought it here sees to it
+                    await self._remove_unused(target)
 
     async def _release(self, adapter: RegisteredAdapter) -> None:
         while self._engine.running(adapter.ref):  # noqa: ASYNC110 - nobody waits for this, and it is rare
@@ -177,8 +180,8 @@ class AdapterUploads:
             await self._remove_unused(path)
 
     async def _remove_unused(self, path: Path) -> None:
-        is_used = any(adapter.ref.path == str(path) for adapter in self._registry)
-        if not is_used and not (path / KEPT).exists():
+        paths = {adapter.ref.path for adapter in self._registry}
+        if str(path) not in paths and not await asyncio.to_thread(_must_stay, path, paths):
             await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
     def _lock(self, path: Path) -> asyncio.Lock:
@@ -187,12 +190,16 @@ class AdapterUploads:
 
 def _checked_digest(folder: Path, limit: int) -> str:
     """A name for a folder by its files, which are made to last on the disk."""
-    names = [name for name in FILE_NAMES if (folder / name).is_file()]
+    names = _present(folder)
     if CONFIG_NAME not in names or len(names) < 2:
         wanted = " or ".join(name for name in FILE_NAMES if name != CONFIG_NAME)
         raise InvalidRequestError(f"The upload must hold {CONFIG_NAME} and {wanted}.", param=CONFIG_NAME)
     if sum((folder / name).stat().st_size for name in names) > limit:
         raise too_large(limit)
+    return _digest(folder, names)
+
+
+def _digest(folder: Path, names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
         with (folder / name).open("rb") as file:
@@ -201,13 +208,32 @@ def _checked_digest(folder: Path, limit: int) -> str:
     return digest.hexdigest()
 
 
-def _place(folder: Path, target: Path) -> None:
-    """Moves a folder to where it stays, unless the same files are there already."""
-    if not target.exists():
+def _place(folder: Path, target: Path) -> bool:
+    """Moves a folder to where it stays; true unless one is there already. That one's files are mended if need be."""
+    is_new = not target.exists()
+    if is_new:
         sync_folder(folder)
         folder.rename(target)
         sync_folder(target.parent)
-    (target / KEPT).unlink(missing_ok=True)
+    elif _digest(target, _present(target)) != target.name:
+        _log.warning("files of an upload were damaged and are replaced", path=str(target))
+        came = _present(folder)
+        for name in came:
+            (folder / name).replace(target / name)
+        for name in set(_present(target)) - set(came):
+            (target / name).unlink()
+        sync_folder(target)
+    return is_new
+
+
+def _present(folder: Path) -> list[str]:
+    return [name for name in FILE_NAMES if (folder / name).is_file()]
+
+
+def _must_stay(path: Path, used: Iterable[str]) -> bool:
+    """Whether a folder is to be kept, or is what one of the paths leads to in another spelling."""
+    place = folder_place(path)
+    return (path / KEPT).exists() or any(folder_place(one) == place for one in used)
 
 
 async def _discard(request: Request) -> None:

@@ -49,7 +49,7 @@ class AdapterWatch:
     async def look(self) -> None:
         """One look. Where the folder cannot be read nothing is removed, and it is said once."""
         try:
-            scan = await asyncio.to_thread(scan_folder, self._root)
+            scan = await asyncio.to_thread(scan_folder, self._root, dict(self._changes.acted))
         except OSError as error:
             self._report(error)
             return

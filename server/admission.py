@@ -3,7 +3,8 @@
 A waiting sequence is in one of three places. *In line*: ordered by arrival, considered a bounded number at a time.
 *Loading*: some of its adapters are on their way from disk; it stands aside (see ``adapter_gate.py``), so that it holds
 nobody up, and returns to its place. *Deferred*: its adapters are not known to be on the host and enough others load
-already; it returns when one of them is done. A preempted sequence gets back in line at its old place.
+already, or another mix of adapters waits for a part of its own; it returns when that is done. A preempted sequence gets
+back in line at its old place.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class Admission:
         self._clock = clock
         self._in_line = ArrivalQueue()
         self._deferred = ArrivalQueue()
+        self._contended = ArrivalQueue()
         self.gate = AdapterGate(pool, kv, adapters, directory, config.max_loading, note_arrival, clock)
         self.prefix_hit_tokens = 0
         self.blocked: Sequence | None = None
@@ -131,8 +133,8 @@ class Admission:
 
     def withdraw(self, sequence: Sequence) -> None:
         """Take a waiting sequence out, wherever it stands."""
-        if not self._in_line.discard(sequence):
-            self._deferred.discard(sequence)
+        for queue in (self._in_line, self._deferred, self._contended):
+            queue.discard(sequence)
         self.gate.let_go(sequence)
 
     def poll_adapters(self, fail: FailRequest) -> None:
@@ -141,10 +143,12 @@ class Admission:
             self._in_line.add(sequence)
         if given_up := self.gate.waits.give_up(self._clock()):
             fail(*given_up)
+        returning = self._contended.first(self._config.look_ahead)
         if self.gate.has_room:
-            for sequence in self._deferred.first(self._config.look_ahead):
-                self._deferred.discard(sequence)
-                self._in_line.add(sequence)
+            returning += self._deferred.first(self._config.look_ahead)
+        for sequence in returning:
+            self.withdraw(sequence)
+            self._in_line.add(sequence)
 
     def admit(
         self, plan: StepPlan, running: list[Sequence], budget: int, fail: FailRequest, *, idle: bool = True
@@ -196,6 +200,9 @@ class Admission:
         elif found is AtHand.TOO_MANY:
             self._in_line.discard(sequence)
             self._deferred.add(sequence)
+        elif found is AtHand.CONTENDED:
+            self._in_line.discard(sequence)
+            self._contended.add(sequence)
         return found is AtHand.YES
 
     def _fits(self, sequence: Sequence, *, alone: bool) -> bool:
@@ -276,5 +283,6 @@ class Admission:
 
     def waiting(self) -> list[Sequence]:
         """Every waiting sequence here; for checks."""
-        in_line, deferred = self._in_line, self._deferred
-        return [*in_line.first(len(in_line)), *deferred.first(len(deferred)), *self.gate.waits.sequences()]
+        queues = (self._in_line, self._deferred, self._contended)
+        standing = [sequence for queue in queues for sequence in queue.first(len(queue))]
+        return [*standing, *self.gate.waits.sequences()]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import msgspec
 import structlog
@@ -20,6 +17,7 @@ from loraplex.server.engine_session import EngineSession
 from loraplex.server.errors import EngineError, LoraplexError, UnavailableError
 from loraplex.server.messages import Abort, Command, Event, Shutdown
 from loraplex.server.progress import Progress
+from loraplex.server.socket_folder import SocketFolder
 
 _log = structlog.get_logger(__name__)
 
@@ -54,7 +52,7 @@ class ProcessEngine(EngineSession):
         self._config = config
         self._log_level = log_level
         self._log_format = log_format
-        self._folder: Path | None = None
+        self._folder: SocketFolder | None = None
         self._context: zmq.asyncio.Context | None = None
         self._commands: zmq.Socket[bytes] | None = None
         self._events: zmq.asyncio.Socket | None = None
@@ -71,7 +69,7 @@ class ProcessEngine(EngineSession):
 
     async def start(self) -> None:
         """Start the process and wait until it serves; LoraplexError where it cannot."""
-        self._folder = Path(tempfile.mkdtemp(prefix="loraplex-"))
+        self._folder = SocketFolder()
         self._context = zmq.asyncio.Context()
         try:
             await self._launch()
@@ -104,7 +102,7 @@ class ProcessEngine(EngineSession):
         assert self._context is not None
         assert self._folder is not None
         self._close_sockets()
-        names = [f"ipc://{self._folder}/{self.restarts}-{kind}" for kind in ("commands", "events")]
+        names = [f"ipc://{self._folder.path}/{self.restarts}-{kind}" for kind in ("commands", "events")]
         self._commands = zmq.Socket(self._context, zmq.PUSH)
         self._commands.set_hwm(0)
         self._commands.bind(names[0])
@@ -211,7 +209,8 @@ class ProcessEngine(EngineSession):
         if self._context is not None:
             self._context.term()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
+            self._folder = None
 
     def _close_sockets(self) -> None:
         for socket in (self._commands, self._events):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loraplex.memory.adapter_config import CONFIG_NAME
@@ -35,23 +35,23 @@ Scan = Mapping[str, Found]
 """Adapter folders by name."""
 
 
-def scan_folder(root: Path) -> Scan:
+def scan_folder(root: Path, before: Scan | None = None) -> Scan:
     """The adapters that ``find_adapters`` finds in a folder, with their signatures. Reads no file.
 
+    Args:
+        before: what was found last; an entry that cannot be looked at now stays as it is there, else is left out.
+
     Raises:
-        OSError: the folder, or an adapter in it, cannot be looked at.
+        OSError: the folder cannot be listed.
     """
-    alone = _signature(str(root))
+    before = before or {}
+    resolved = Path(os.path.realpath(root))
+    alone = _found(str(root), before.get(resolved.name))
     if alone is not None:
-        resolved = root.resolve()
-        return {resolved.name: Found(str(resolved), alone)}
+        return {resolved.name: replace(alone, path=str(resolved))}
     with os.scandir(root) as entries:
-        found = {entry.name: (entry.path, _signature(entry.path)) for entry in entries}
-    return {
-        name: Found(path, signature)
-        for name, (path, signature) in found.items()
-        if signature is not None and name_problem(name) is None
-    }
+        found = {entry.name: _found(entry.path, before.get(entry.name)) for entry in entries}
+    return {name: one for name, one in found.items() if one is not None and name_problem(name) is None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,14 @@ class SettledChanges:
             self.acted.pop(name, None)
         else:
             self.acted[name] = found
+
+
+def _found(folder: str, before: Found | None) -> Found | None:
+    try:
+        signature = _signature(folder)
+    except OSError:
+        return before
+    return None if signature is None else Found(folder, signature)
 
 
 def _signature(folder: str) -> Signature | None:

@@ -69,9 +69,10 @@ def register_adapters(registry: AdapterRegistry, settings: Settings) -> Scan:
     """
     found: Scan = {}
     if settings.adapters is not None:
+        root = settings.adapters.absolute()
         try:
-            found = scan_folder(settings.adapters)
-            listed = find_adapters(settings.adapters)
+            found = scan_folder(root)
+            listed = find_adapters(root)
         except AdapterFileError as error:
             raise AdapterInvalidError(f"adapters: {error.message}", param="adapters") from error
         except OSError as error:
@@ -90,12 +91,12 @@ def restore_adapters(registry: AdapterRegistry, state: RegistryFile, rules: Sour
     for saved in state.read():
         if saved.origin in {"folder", "setting"}:
             _restore_wishes(registry, saved)
-        elif problem := _problem(registry, saved, rules):
+        elif problem := _problem(registry, state, saved, rules):
             _log.warning("a saved adapter is left out", adapter=saved.name, reason=problem)
             state.pass_over(saved)
         else:
             registry.register(
-                registry.new_ref(saved.name, saved.path),
+                registry.new_ref(saved.name, _saved_path(state, saved)),
                 created=saved.created,
                 pinned=saved.pinned,
                 tags=saved.tags,
@@ -111,11 +112,18 @@ def _restore_wishes(registry: AdapterRegistry, saved: SavedAdapter) -> None:
         registry.change(saved.name, pinned=saved.pinned, tags=saved.tags)
 
 
-def _problem(registry: AdapterRegistry, saved: SavedAdapter, rules: SourceRules) -> str | None:
+def _saved_path(state: RegistryFile, saved: SavedAdapter) -> str:
+    """Uploads lie in the state folder, wherever that was when they came."""
+    return str(state.adapters / Path(saved.path).name) if saved.origin == "upload" else saved.path
+
+
+def _problem(registry: AdapterRegistry, state: RegistryFile, saved: SavedAdapter, rules: SourceRules) -> str | None:
     if saved.name == registry.base_name:
         return "it has the name of the base model"
     if saved.origin == "upload":
-        return None if Path(saved.path).is_dir() else "its files are gone"
+        folder = Path(_saved_path(state, saved))
+        is_there = folder.name != ".." and folder.parent == state.adapters and folder.is_dir()
+        return None if is_there else "its files are gone"
     return None if rules.allows(saved.path) else "'adapter_roots' and 'adapter_sources' do not allow its path"
 
 
@@ -132,6 +140,6 @@ def _named_path(name: str, path: str) -> str:
 
 
 def _watch(settings: Settings, registered: Scan) -> MakeWatch:
-    root = settings.adapters
-    assert root is not None, "the settings see to it"
+    assert settings.adapters is not None, "the settings see to it"
+    root = settings.adapters.absolute()  # the paths below it must be those that were registered at the start
     return lambda admin: AdapterWatch(admin, root, settings.watch_seconds, registered)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -23,8 +25,12 @@ _log = structlog.get_logger(__name__)
 
 VERSION = 1
 FILE, LOCK, ADAPTERS, STAGING = "registry.json", "lock", "adapters", "staging"
+CORRUPT = f"{FILE}.corrupt"
+"""A spoilt ``registry.json``. While it lies there no upload is removed at the start: it may name them."""
 KEPT = "kept"
 """A file that marks an uploaded adapter to be left where it is although no name stands for it."""
+
+_WORD = re.compile(r"[\w.-]+")
 
 
 class StateFolderError(LoraplexError):
@@ -55,6 +61,19 @@ class _Written(msgspec.Struct, frozen=True, kw_only=True):
     adapters: Sequence[SavedAdapter | msgspec.Raw]
 
 
+@dataclass(frozen=True, slots=True)
+class _PassedOver:
+    """An entry of no use now: as it stands in the file, with its name."""
+
+    name: str
+    entry: SavedAdapter | msgspec.Raw
+
+    @property
+    def words(self) -> set[str]:
+        """All that its path may be made of, however little of the entry can be read."""
+        return set(_WORD.findall(self.entry.path if isinstance(self.entry, SavedAdapter) else str(bytes(self.entry))))
+
+
 class _Named(msgspec.Struct, frozen=True):
     name: str = "?"
 
@@ -70,9 +89,10 @@ class RegistryFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
+        self.folder = Path(os.path.realpath(folder))
         self._is_whole = True
-        self._passed_over: list[SavedAdapter | msgspec.Raw] = []
+        self._passed_over: list[_PassedOver] = []
+        self._forgotten: set[str] = set()
         try:
             for part in (self.folder, self.adapters, self.staging):
                 part.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -109,6 +129,8 @@ class RegistryFile:
         Raises:
             StateFolderError: the file cannot be read, or is of a later version.
         """
+        self._is_whole = True
+        self._forgotten.clear()
         try:
             raw = (self.folder / FILE).read_bytes()
         except FileNotFoundError:
@@ -124,17 +146,26 @@ class RegistryFile:
         if saved.version > VERSION:
             raise _fault(self.folder, f"{FILE} was written by a later version; this one reads up to {VERSION}")
         entries = [(raw, _entry(raw)) for raw in saved.adapters]
-        self._passed_over = [raw for raw, entry in entries if entry is None]
+        self._passed_over = [_PassedOver(_name_in(raw), raw) for raw, entry in entries if entry is None]
         return [entry for _, entry in entries if entry is not None]
 
     def pass_over(self, entry: SavedAdapter) -> None:
-        """Keeps an entry that is of no use now, for when it is again; what it names is not removed."""
-        self._passed_over.append(entry)
+        """Keeps an entry that is of no use now, for when it is again; what it names is not removed.
+
+        It goes once its name is registered or removed over HTTP.
+        """
+        self._passed_over.append(_PassedOver(entry.name, entry))
+
+    def forget(self, name: str) -> None:
+        """A name was removed: an entry of it that was passed over is not to come back, either."""
+        self._forgotten.add(name)
 
     def write(self, adapters: Sequence[SavedAdapter]) -> None:
         """Replaces the file. StateFolderError where that cannot be; the old one is left then."""
         target, fresh = self.folder / FILE, self.folder / f"{FILE}.tmp"
-        written = _Written(version=VERSION, adapters=[*self._passed_over, *adapters])
+        self._forgotten |= {one.name for one in adapters if one.origin in {"api", "upload"}}
+        self._passed_over = [one for one in self._passed_over if one.name not in self._forgotten]
+        written = _Written(version=VERSION, adapters=[*(one.entry for one in self._passed_over), *adapters])
         try:
             with fresh.open("wb") as file:
                 file.write(msgspec.json.format(msgspec.json.encode(written)))
@@ -151,18 +182,27 @@ class RegistryFile:
         Args:
             used: paths that names stand for.
         """
-        kept = {Path(path) for path in used}
         left = list(self.staging.iterdir())
-        if self._is_whole and not self._passed_over:
-            left += [one for one in self.adapters.iterdir() if one not in kept and not (one / KEPT).exists()]
+        if self._is_whole and not (self.folder / CORRUPT).exists():
+            left += self._unused(used)
+        (self.folder / f"{FILE}.tmp").unlink(missing_ok=True)
         for path in left:
             _log.info("what an upload has left behind is removed", path=str(path))
             shutil.rmtree(path, ignore_errors=True)
 
+    def _unused(self, used: Iterable[str]) -> list[Path]:
+        places = {folder_place(path) for path in used}
+        words: set[str] = set().union(*(one.words for one in self._passed_over))
+        return [
+            one
+            for one in self.adapters.iterdir()
+            if folder_place(one) not in places and one.name not in words and not (one / KEPT).exists()
+        ]
+
     def _set_aside(self, reason: str) -> None:
         """Keeps a spoilt file for whoever wants to mend it; uploads that it may have named are kept, too."""
         self._is_whole = False
-        aside = self.folder / f"{FILE}.corrupt"
+        aside = self.folder / CORRUPT
         (self.folder / FILE).replace(aside)
         _log.error("the registry of adapters is spoilt and was set aside", file=str(aside), reason=reason)
 
@@ -184,6 +224,15 @@ def saved_adapters(adapters: Iterable[RegisteredAdapter]) -> list[SavedAdapter]:
     ]
 
 
+def folder_place(path: Path | str) -> tuple[int, int] | None:
+    """Device and inode: the same for all spellings of a folder and for links to it. None where there is nothing."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - it is asked of each of ten thousand paths
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder last."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -201,13 +250,13 @@ def _entry(raw: msgspec.Raw) -> SavedAdapter | None:
         entry, reason = None, str(error)
     if reason is None:
         return entry
-    _log.warning("an adapter of the registry's file is left out", adapter=_name_in(raw), reason=reason)
+    _log.warning("an adapter of the registry's file is left out", adapter=_name_in(raw)[:80], reason=reason)
     return None
 
 
 def _name_in(raw: msgspec.Raw) -> str:
     try:
-        return msgspec.json.decode(raw, type=_Named).name[:80]
+        return msgspec.json.decode(raw, type=_Named).name
     except (msgspec.DecodeError, RecursionError):
         return "?"
 

@@ -99,7 +99,7 @@ def test_its_errors_have_types(demo: Any, guarded: Any, client: Client) -> None:
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(BadRequest) as missing:
         client.load_adapter("none", "/no/such/folder")
-    assert missing.value.param == "lora_path"
+    assert missing.value.param == "path"
     with demo.client(timeout=0.2) as hasty, pytest.raises(TimedOut):
         hasty.generate("a", **ENDLESS)
     with guarded.client(api_key="wrong") as stranger, pytest.raises(AuthenticationFailed):

@@ -159,13 +159,25 @@ def test_faults_of_the_hub_that_may_pass_are_transient(error: Exception) -> None
     [
         (status_error(401), "status 401"),
         (gated(), "HF_TOKEN"),
-        (errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE"),
     ],
 )
 def test_refusals_of_the_hub_will_not_pass(error: Exception, message: str) -> None:
     with pytest.raises(AdapterFileError, match=message) as caught:
         failing(error).list_files(SOURCE)
     assert not isinstance(caught.value, TransientReadError)
+
+
+def test_offline_what_is_on_disk_is_served_and_the_rest_is_told_the_setting(hub: Hub, tmp_path: Path) -> None:
+    with DiskCache(tmp_path / "cache", 1 << 20, remote_of(hub)).open(SOURCE) as folder:
+        fetched = folder
+    offline = failing(errors.OfflineModeIsEnabled("offline"))
+    cache = DiskCache(tmp_path / "cache", 1 << 20, offline, check_seconds=0)
+    with cache.open(SOURCE) as folder:
+        assert folder == fetched
+    for source in (parse_source("hf://org/other"), SOURCE):
+        cache.expire(source)
+        with pytest.raises(TransientReadError, match="HF_HUB_OFFLINE"), cache.open(source):
+            pass
 
 
 def test_a_full_disk_is_not_taken_for_a_fault_of_the_hub(hub: Hub, tmp_path: Path) -> None:

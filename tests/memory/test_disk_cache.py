@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -174,6 +175,84 @@ def test_what_is_here_is_served_while_the_remote_is_away_unless_a_reload_was_ask
         read(cache, "a")
     remote.fault = None
     assert read(cache, "a") == (ord("a"), 300)
+
+
+def test_an_outage_is_met_once_per_bucket_and_for_some_seconds_nothing_that_is_here_asks_again(
+    tmp_path: Path, remote: FakeRemote
+) -> None:
+    remote.adapters["s3://other/a"] = (1, 100)
+    cache = make(tmp_path, remote, check_seconds=10)
+    [read(cache, name) for name in "abc"]
+    with cache.open(parse_source("s3://other/a")):
+        pass
+    remote.now += 20
+    remote.fault = TransientReadError("no connection")
+    remote.listed.clear()
+    for _ in range(2):
+        assert [read(cache, name)[0] for name in "abc"] == [ord(name) for name in "abc"]
+    assert remote.listed == ["s3://bucket/a"]
+    with cache.open(parse_source("s3://other/a")):
+        assert remote.listed[1:] == ["s3://other/a"], "another bucket may be within reach"
+    with pytest.raises(TransientReadError):
+        read(cache, "d")
+    remote.now += 31
+    remote.listed.clear()
+    assert read(cache, "b") == (ord("b"), 300)
+    assert remote.listed == ["s3://bucket/b"]
+
+
+def test_an_outage_met_by_what_is_not_here_is_known_to_what_is_and_ends_with_an_answer(
+    tmp_path: Path, remote: FakeRemote
+) -> None:
+    cache = make(tmp_path, remote, check_seconds=10)
+    [read(cache, name) for name in "ab"]
+    remote.now += 20
+    remote.fault = TransientReadError("no connection")
+    with pytest.raises(TransientReadError):
+        read(cache, "c")
+    remote.listed.clear()
+    read(cache, "a")
+    assert not remote.listed
+    remote.fault = None
+    remote.adapters["s3://bucket/a"] = (200, 300)
+    read(cache, "c")
+    assert read(cache, "a") == (200, 300), "whoever answers again is asked again"
+
+
+@pytest.mark.parametrize("check_seconds", [10.0, math.inf])
+def test_a_reload_from_a_remote_that_is_away_fails_however_lately_that_was_found_out(
+    tmp_path: Path, remote: FakeRemote, check_seconds: float
+) -> None:
+    cache = make(tmp_path, remote, check_seconds=check_seconds)
+    [read(cache, name) for name in "ab"]
+    remote.now += 20
+    remote.fault = TransientReadError("no connection")
+    read(cache, "a")
+    cache.expire(source("b"))
+    for _ in range(2):
+        with pytest.raises(TransientReadError):
+            read(cache, "b")
+    assert read(cache, "a") == (ord("a"), 300)
+    remote.fault = None
+    assert read(cache, "b") == (ord("b"), 300)
+
+
+def test_who_never_asks_again_serves_what_a_restart_finds_without_a_remote(tmp_path: Path, remote: FakeRemote) -> None:
+    read(make(tmp_path, remote), "a")
+    remote.now += 1e9
+    remote.fault = TransientReadError("no connection")
+    remote.listed.clear()
+    assert read(make(tmp_path, remote, check_seconds=math.inf), "a") == (ord("a"), 300)
+    assert not remote.listed
+
+
+def test_an_error_that_will_not_pass_is_no_outage(tmp_path: Path, remote: FakeRemote) -> None:
+    cache = make(tmp_path, remote, check_seconds=0)
+    [read(cache, name) for name in "ab"]
+    remote.fault = AdapterFileError("no permission")
+    for name in "abb":
+        with pytest.raises(AdapterFileError, match="no permission"):
+            read(cache, name)
 
 
 def test_the_adapter_worth_least_for_its_bytes_goes_first(tmp_path: Path, remote: FakeRemote) -> None:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gzip
 import io
 import json
 import tarfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,13 +17,12 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
-from loraplex.server import adapter_uploads, request_uploads
+from loraplex.server import adapter_uploads, registry_keeper, request_uploads
 from loraplex.server.adapter_registry import AdapterRegistry
 from loraplex.server.adapter_sources import SourceRules
-from loraplex.server.errors import AdapterInvalidError, ConflictError, InvalidRequestError, PayloadTooLargeError
+from loraplex.server.errors import AdapterInvalidError, ConflictError
 from loraplex.server.http_stack import restore_adapters
-from loraplex.server.registry_file import RegistryFile
-from loraplex.server.upload_archive import MAX_MEMBERS, unpack_adapter
+from loraplex.server.registry_file import RegistryFile, StateFolderError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = {CONFIG: b'{"peft_type": "LORA"}', WEIGHTS: b"weights" * 1000}
@@ -64,25 +63,21 @@ def eventually(condition: Callable[[], Any]) -> bool:
     return bool(found)
 
 
-def make_tar(members: dict[str, bytes], packed: bool = True, *extra: tarfile.TarInfo) -> bytes:
+def make_tar(members: dict[str, bytes], packed: bool = True) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz" if packed else "w") as tar:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-        for member in extra:
-            tar.addfile(member)
     return buffer.getvalue()
 
 
-def make_zip(members: dict[str, bytes], mode: int = 0) -> bytes:
+def make_zip(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
-            info = zipfile.ZipInfo(name)
-            info.external_attr = mode << 16
-            archive.writestr(info, content)
+            archive.writestr(name, content)
     return buffer.getvalue()
 
 
@@ -329,70 +324,106 @@ def test_uploads_of_one_name_and_content_at_once_all_succeed(serve: Callable[...
     assert len(stored(state)) == 1
 
 
-def unpack(tmp_path: Path, content: bytes, limit: int = 1_000_000) -> dict[str, bytes]:
-    archive, folder = tmp_path / "archive", tmp_path / "out"
-    archive.write_bytes(content)
-    folder.mkdir()
-    unpack_adapter(archive, folder, limit)
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+OTHER = {CONFIG: (CONFIG, b"{}"), WEIGHTS: (WEIGHTS, b"other")}
 
 
-def link(name: str, kind: bytes, target: str = "/etc/passwd") -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname = kind, target
-    return member
+def saved_paths(state: RegistryFile) -> dict[str, str]:
+    entries = json.loads((state.folder / "registry.json").read_text())["adapters"]
+    return {entry["name"]: entry["path"] for entry in entries}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        make_tar({f"../{CONFIG}": b"x"}),
-        make_tar({f"/tmp/{CONFIG}": b"x"}),
-        make_tar({f"a/../../{CONFIG}": b"x"}),
-        make_tar({f"a/b/{CONFIG}": b"x"}),
-        make_tar({f"a/{CONFIG}": b"x", f"b/{WEIGHTS}": b"x"}),
-        make_tar({CONFIG: b"x", f"./{CONFIG}": b"y"}),
-        make_tar({}, True, link(CONFIG, tarfile.SYMTYPE)),
-        make_tar({}, True, link(CONFIG, tarfile.LNKTYPE)),
-        make_tar({}, False, link(CONFIG, tarfile.CHRTYPE)),
-        make_tar({}, False, link(CONFIG, tarfile.FIFOTYPE)),
-        make_tar({f"{at}.txt": b"" for at in range(MAX_MEMBERS + 1)}),
-        make_zip({f"../{CONFIG}": b"x"}),
-        make_zip({f"..\\{CONFIG}": b"x"}),
-        make_zip({CONFIG: b"/etc/passwd"}, mode=0o120777),
-        gzip.compress(b"no tar" * 1000),
-        b"",
-    ],
-)
-def test_an_archive_that_would_lead_out_of_its_folder_is_refused(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(InvalidRequestError, match="'file'"):
-        unpack(tmp_path, content)
-    assert not list((tmp_path / "out").rglob("*passwd*"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "out"]
+def test_replaced_files_go_only_after_the_registry_was_written(
+    client: TestClient, state: RegistryFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Path(upload(client).json()["path"])
+    write, seen = RegistryFile.write, []
+
+    def failing_twice(file: RegistryFile, adapters: Any) -> None:
+        seen.append(first.exists())
+        if len(seen) < 3:
+            raise StateFolderError("state_dir: full")
+        write(file, adapters)
+
+    monkeypatch.setattr(registry_keeper, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(RegistryFile, "write", failing_twice)
+    assert upload(client, files=OTHER, replace="true").status_code == 503
+    assert eventually(lambda: not first.exists()), "what failed is tried again, and the files go then"
+    assert seen[:3] == [True] * 3
+    assert stored(state) == [Path(saved_paths(state)["mine"])]
 
 
-def test_a_header_that_claims_to_be_endless_takes_no_memory(tmp_path: Path) -> None:
-    header = tarfile.TarInfo("././@LongLink")
-    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 500_000_000
-    bomb = gzip.compress(header.tobuf() + bytes(6_000_000))
-    with pytest.raises(InvalidRequestError, match="'file'"):
-        unpack(tmp_path, bomb)
+def test_a_delete_that_could_not_be_saved_is_saved_at_the_end(
+    make_client: Callable[..., TestClient], state: RegistryFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: RegistryFile, adapters: Any) -> None:
+        raise StateFolderError("state_dir: full")
+
+    with make_client(state=state, max_adapter_bytes=100_000) as client:
+        upload(client)
+        with monkeypatch.context() as patched:
+            patched.setattr(RegistryFile, "write", fail)
+            assert client.delete("/v1/adapters/mine").status_code == 503
+        assert list(saved_paths(state)) == ["mine"]
+    assert saved_paths(state) == {}
 
 
-def test_what_is_passed_over_counts_against_the_limit_before_it_is_unpacked(tmp_path: Path) -> None:
-    with pytest.raises(PayloadTooLargeError):
-        unpack(tmp_path, make_zip({"zeros": bytes(2_000_000), **FILES}))
+async def test_a_change_whose_client_is_gone_is_written_all_the_same(
+    state: RegistryFile, registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, may_end = threading.Event(), threading.Event()
+    write = RegistryFile.write
+
+    def slow(file: RegistryFile, adapters: Any) -> None:
+        began.set()
+        may_end.wait(10)
+        write(file, adapters)
+
+    monkeypatch.setattr(RegistryFile, "write", slow)
+    keeper = registry_keeper.RegistryKeeper(registry, state)
+    called: list[bool] = []
+    async with keeper.running():
+        registry.change("red", tags=("x",))
+        keeper.once_saved(lambda: called.append(True))
+        task = asyncio.create_task(keeper.saved())
+        await asyncio.to_thread(began.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not called
+        may_end.set()
+        await keeper.saved()
+        assert called == [True]
+    assert list(saved_paths(state)) == ["red"]
+    keeper.save_soon()  # the engine goes on telling of adapters for a moment
+    keeper.note([])
 
 
-def test_a_zip_that_lies_about_a_size_is_refused(tmp_path: Path) -> None:
-    content = make_zip({CONFIG: bytes(50_000)})
-    lying = content.replace((50_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
-    assert lying != content
-    with pytest.raises(InvalidRequestError, match="'file'"):
-        unpack(tmp_path, lying)
+def test_kept_files_survive_an_upload_that_fails(client: TestClient, engine: Any, state: RegistryFile) -> None:
+    path = Path(upload(client).json()["path"])
+    client.delete("/v1/adapters/mine", params={"delete_files": False})
+    engine.load_error = AdapterInvalidError("of no use")
+    assert upload(client).status_code == 400
+    assert stored(state) == [path]
+    engine.load_error = None
+    assert upload(client).status_code == 200
+    client.delete("/v1/adapters/mine")
+    assert eventually(lambda: stored(state) == []), "they are the upload's again"
 
 
-def test_an_archive_gives_its_adapter_and_nothing_else(tmp_path: Path) -> None:
-    members = {"mine/README.md": b"x", "mine/checkpoint-1/adapter_notes.json": b"x"}
-    assert unpack(tmp_path, make_tar(members | {f"mine/{name}": content for name, content in FILES.items()})) == FILES
-    assert json.loads(FILES[CONFIG])
+def test_sending_the_same_files_again_mends_damaged_ones(client: TestClient) -> None:
+    path = Path(upload(client).json()["path"])
+    (path / WEIGHTS).write_bytes(b"cut")
+    (path / "adapter_model.bin").write_bytes(b"stray")
+    assert upload(client).status_code == 200
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == FILES
+
+
+def test_a_link_to_an_upload_keeps_its_files(
+    client: TestClient, registry: AdapterRegistry, state: RegistryFile, tmp_path: Path
+) -> None:
+    path = Path(upload(client).json()["path"])
+    (tmp_path / "link").symlink_to(path)
+    registry.register(registry.new_ref("linked", str(tmp_path / "link")), origin="folder")
+    upload(client, "gone", files=OTHER)
+    assert client.delete("/v1/adapters/mine").status_code == client.delete("/v1/adapters/gone").status_code == 200
+    assert eventually(lambda: stored(state) == [path])

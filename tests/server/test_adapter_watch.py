@@ -204,6 +204,20 @@ async def test_a_folder_that_cannot_be_read_removes_nothing(
     assert watched.revisions == {"blue": 2, "red": 1}
 
 
+async def test_an_entry_that_cannot_be_looked_at_stays_as_it_was_and_hides_no_other(watched: Watched) -> None:
+    looping = watched.root / "looping"
+    looping.symlink_to(looping)
+    (watched.root / "red").rename(watched.root.with_name("red"))
+    (watched.root / "red").symlink_to(watched.root / "red")
+    write(watched.root, "green")
+    await watched.settle()
+    assert watched.revisions == {"blue": 2, "red": 1, "green": 3}
+    assert set(scan_folder(watched.root)) == {"blue", "green"}
+    (watched.root / "red").unlink()
+    await watched.settle()
+    assert set(watched.revisions) == {"blue", "green"}
+
+
 async def test_a_folder_with_the_base_models_name_is_refused_once(
     watched: Watched, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,14 +232,14 @@ async def test_the_watch_goes_on_whatever_happens(watched: Watched, monkeypatch:
     looked = asyncio.Event()
     calls = 0
 
-    def scan(folder: Path) -> Any:
+    def scan(folder: Path, before: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise RuntimeError("a fault of ours")
         if calls == 3:
             looked.set()
-        return scan_folder(folder)
+        return scan_folder(folder, before)
 
     monkeypatch.setattr(adapter_watch, "scan_folder", scan)
     async with watched.watch.running():

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from loraplex.server.adapter_registry import AdapterRegistry
 from loraplex.server.adapter_sources import SourceRules
-from loraplex.server.http_stack import restore_adapters
+from loraplex.server.http_stack import register_adapters, restore_adapters
 from loraplex.server.messages import AdapterInfo, AdapterRef, AdapterState
 from loraplex.server.registry_file import KEPT, RegistryFile, SavedAdapter, StateFolderError, saved_adapters
+from loraplex.server.settings import Settings
 
 
 @pytest.fixture
@@ -153,16 +154,92 @@ def test_what_nobody_names_is_removed_at_the_start_but_what_is_kept_on_purpose(s
     assert list(state.staging.iterdir()) == []
 
 
+def test_a_relative_folder_of_adapters_gives_the_paths_that_its_watch_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("good", "looping"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "good" / "adapter_config.json").write_text("{}")
+    (tmp_path / "looping" / "adapter_config.json").symlink_to(tmp_path / "looping" / "adapter_config.json")
+    monkeypatch.chdir(tmp_path)
+    registry = AdapterRegistry("base")
+    scan = register_adapters(registry, Settings.model_validate({"model": "/model", "adapters": "."}))
+    paths = {name: found.path for name, found in scan.items()}
+    assert paths == {one.ref.name: one.ref.path for one in registry} == {"good": str(tmp_path / "good")}
+
+
 def test_entries_that_are_of_no_use_now_are_kept_for_later(state: RegistryFile, tmp_path: Path) -> None:
     gone = saved("gone", origin="upload", path=str(state.adapters / "gone"))
     out = [saved("bucket", path="s3://bucket/x"), saved("base"), saved("out", path=str(tmp_path))]
     state.write([gone, *out, saved("ok")])
-    orphan = uploaded(state, "orphan")
     registry = restored(state, roots=[Path("/adapters")])
     assert [one.ref.name for one in registry] == ["ok"]
-    assert orphan.exists(), "nothing is removed while entries are left out"
     state.write(saved_adapters(registry))
     assert {one.name for one in state.read()} == {"gone", "bucket", "base", "out", "ok"}
+
+
+def test_what_entries_that_are_left_out_name_is_kept_and_the_rest_is_not(state: RegistryFile) -> None:
+    of_raw, of_base, orphan = (uploaded(state, name) for name in ("aa", "bb", "cc"))
+    entries = [{"name": 7, "path": str(of_raw)}, msgspec.to_builtins(saved("base", origin="upload", path=str(of_base)))]
+    (state.folder / "registry.json").write_text(json.dumps({"version": 1, "adapters": entries}))
+    restored(state)
+    assert (of_raw.exists(), of_base.exists(), orphan.exists()) == (True, True, False)
+
+
+def test_an_entry_that_was_left_out_goes_once_its_name_is_registered_or_removed(state: RegistryFile) -> None:
+    state.write([saved(name, path=f"s3://bucket/{name}") for name in ("new", "removed", "left", "folder")])
+    restored(state)
+    state.forget("removed")
+    state.write([saved("new"), saved("folder", origin="folder", pinned=True)])
+    state.write([])
+    assert [one.name for one in state.read()] == ["left", "folder"]
+
+
+@pytest.mark.parametrize("later", ["volume/state", "link/../volume/state", "moved/state"])
+def test_uploads_are_there_however_the_state_folder_is_spelled(tmp_path: Path, later: str) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "volume")
+    file = RegistryFile(tmp_path / "link" / "state")
+    folder = uploaded(file, "abc")
+    # Earlier versions wrote the path as it was spelled.
+    file.write([saved("red", origin="upload", path=str(tmp_path / "link" / "state" / "adapters" / "abc"))])
+    file.close()
+    if later.startswith("moved"):
+        (tmp_path / "volume").rename(tmp_path / "moved")
+    file = RegistryFile(tmp_path / later)
+    path = Path(restored(file).named("red", "").ref.path)
+    file.close()
+    assert path == file.adapters / folder.name
+    assert path.is_dir()
+
+
+def test_a_link_to_an_upload_uses_it(state: RegistryFile, tmp_path: Path) -> None:
+    folder = uploaded(state, "abc")
+    (tmp_path / "link").symlink_to(folder)
+    state.write([])
+    registry = AdapterRegistry("base")
+    registry.register_all([registry.new_ref("red", str(tmp_path / "link"))])
+    restored(state, registry)
+    assert folder.is_dir()
+
+
+def test_no_saved_path_makes_the_state_folder_itself_an_upload(state: RegistryFile) -> None:
+    state.write([saved("red", origin="upload", path="/x/.."), saved("blue", origin="upload", path="")])
+    assert len(restored(state)) == 0
+
+
+def test_uploads_of_a_spoilt_file_stay_until_it_is_taken_away(state: RegistryFile) -> None:
+    folder = uploaded(state, "abc")
+    (state.folder / "registry.json").write_text("{broken")
+    for _ in range(3):
+        restored(state)
+        assert folder.is_dir()
+        state.write([saved("new")])
+    (state.folder / "registry.json.corrupt").unlink()
+    (state.folder / "registry.json.tmp").write_text("of a write that was cut off")
+    restored(state)
+    assert sorted(path.name for path in state.folder.iterdir()) == ["adapters", "lock", "registry.json", "staging"]
+    assert not folder.exists()
 
 
 names = st.text('abcé "\\{', min_size=1, max_size=8).map(str.strip).filter(bool)

@@ -11,7 +11,7 @@ import torch
 
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.adapter_spec import FFN, AdapterSpec, BaseShape, LowRankPair, Router, Routing, RoutingScope
-from loraplex.memory.adapter_store import AdapterStore
+from loraplex.memory.adapter_store import Absent, AdapterStore
 from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
 from loraplex.server import host_directory
@@ -180,14 +180,40 @@ def test_a_mix_that_the_host_can_never_hold_fails_and_others_go_on(make_host: Ca
     wait_until(lambda: host.step() == ["fits"])
 
 
-def test_mixes_that_keep_each_other_from_the_host_do_not_wait_for_ever(make_host: Callable[[int], Host]) -> None:
+def test_mixes_that_could_keep_each_other_from_the_host_are_served_one_after_the_other(
+    make_host: Callable[[int], Host],
+) -> None:
     host = make_host(2)
     for path in "ac":
         host.ready(path)
     host.add_mix("first", "a", "b")
     host.add_mix("second", "c", "d")
+    ended: list[str] = []
+
+    def both() -> bool:
+        ended.extend(host.step() or [])
+        return len(ended) == 2
+
+    # No time passes on the scheduler's clock: nobody is given up.
+    wait_until(both)
+    assert ended == ["first", "second"]
+    assert not host.failed
+    assert not host.scheduler.has_work
+
+
+def test_a_mix_waits_behind_one_that_the_host_cannot_hold_and_goes_on_when_that_is_given_up(
+    make_host: Callable[[int], Host],
+) -> None:
+    host = make_host(2)
+    for path in "ad":
+        host.ready(path)
+    host.add_mix("too many", "a", "b", "c")
+    host.add_mix("second", "d", "e")
     wait_until(lambda: host.step() is None and host.store.stats.waiting_for_room == 1)
+    assert not host.store.waits_for_room([("e", 0)])
+    assert isinstance(host.store.state("e", 0), Absent), "the second mix asks for nothing yet"
     host.now += 6.0
-    wait_until(lambda: host.step() == ["first"])
-    assert host.failed == {"second": "OverloadedError"}
+    wait_until(lambda: host.step() == ["too many"])
+    wait_until(lambda: host.step() == ["second"])
+    assert host.failed == {"too many": "AdapterTooLargeError"}
     assert not host.scheduler.has_work

@@ -154,15 +154,43 @@ def test_a_mix_grows_to_what_the_pool_holds_beside_its_adapters(make_rig: Make) 
     assert outputs[-1].finish_reason == "length"
 
 
-def test_a_mix_can_be_aborted_while_it_loads(make_rig: Make) -> None:
+def test_one_mix_at_a_time_holds_some_adapters_while_it_waits_for_others(make_rig: Make) -> None:
+    rig = make_rig()
+    rig.directory.status |= {name: AdapterLoading() for name in "abd"}
+    rig.add("first", mix={"a": 1.0, "b": 1.0}, max_tokens=1)
+    rig.add("second", mix={"c": 1.0, "d": 1.0}, max_tokens=1)
+    rig.add("here", mix={"e": 1.0, "f": 1.0}, max_tokens=1)
+    rig.add("single", adapter="e", max_tokens=1)
+    ended = [output.request_id for _ in range(3) for output in rig.step()]
+    assert set(ended) == {"here", "single"}, "who waits for nothing passes"
+    assert rig.directory.holds == {"a": 1, "b": 1, "e": 0, "f": 0}
+    assert "d" not in rig.directory.lookups, "what a mix wants that has to wait does not even load"
+    rig.scheduler.check_integrity()
+    del rig.directory.status["a"], rig.directory.status["b"]
+    assert [output.request_id for _ in range(3) for output in rig.step()] == ["first"]
+    assert [ref.name for ref in rig.scheduler.waiting_adapters] == ["d"]
+    del rig.directory.status["d"]
+    assert [output.request_id for output in rig.drain()] == ["second"]
+    assert not rig.directory.holds.total()
+
+
+def test_a_mix_can_be_aborted_while_it_loads_and_the_one_behind_it_goes_on(make_rig: Make) -> None:
     rig = make_rig()
     rig.directory.status |= {"a": AdapterLoading(), "b": AdapterLoading()}
     rig.add("r", mix={"a": 1.0, "b": 1.0})
     rig.add("s", mix={"b": 1.0, "c": 2.0})
+    rig.add("t", mix={"b": 1.0, "d": 2.0})
     rig.step()
+    assert sorted(ref.name for ref in rig.scheduler.waiting_adapters) == ["a", "b"]
+    assert rig.directory.holds.total() == 2
+    rig.scheduler.abort("t")
     rig.scheduler.abort("r")
     rig.scheduler.check_integrity()
+    assert rig.scheduler.waiting_adapters == ()
+    assert not rig.directory.holds.total()
+    rig.step()
     assert [ref.name for ref in rig.scheduler.waiting_adapters] == ["b"]
+    assert (rig.directory.holds["b"], rig.directory.holds["c"]) == (1, 1)
     rig.scheduler.abort("s")
     assert rig.scheduler.waiting_adapters == ()
     assert not rig.directory.holds.total()
@@ -232,25 +260,26 @@ def test_a_mix_is_let_in_when_fewer_adapters_load_than_may(make_rig: Make) -> No
     assert sorted(ref.name for ref in rig.scheduler.waiting_adapters) == ["a", "d"]
 
 
-def test_mixes_that_fill_the_host_while_they_wait_for_more_of_it_give_way_one_by_one(make_rig: Make) -> None:
+def test_a_mix_that_fills_the_host_alone_is_given_up_and_the_one_behind_it_goes_on(make_rig: Make) -> None:
     rig = make_rig()
     for name in "bd":
         rig.directory.status[name] = AdapterLoading()
-    rig.add("first", mix={"a": 1.0, "b": 1.0})
-    rig.add("second", mix={"c": 1.0, "d": 1.0}, n=2)
+    rig.add("first", mix={"a": 1.0, "b": 1.0}, n=2)
+    rig.add("second", mix={"c": 1.0, "d": 1.0}, max_tokens=1)
     rig.step()
-    rig.directory.full_of = {"a", "c"}
-    for now, expected in ((1.0, []), (5.9, []), (6.0, ["second"]), (7.0, []), (11.9, [])):
+    assert rig.directory.holds == {"a": 1, "b": 1}, "the second holds nothing that could be in the way"
+    rig.directory.full_of = {"a"}
+    for now in (1.0, 3.0, 5.9):
         rig.now = now
-        plan = rig.scheduler.schedule()
-        assert [failed.request_id for failed in plan.failed] == expected
-        if expected:
-            assert plan.failed[0].error.name == "OverloadedError"
-            rig.directory.full_of = {"a"}
-    rig.now = 12.0
+        assert rig.scheduler.schedule().failed == []
+    rig.now = 6.0
     (failed,) = rig.scheduler.schedule().failed
     assert (failed.request_id, failed.error.name) == ("first", "AdapterTooLargeError")
     assert failed.error.message == "Adapters 'a', 'b' do not fit into the host store together."
+    assert [ref.name for ref in rig.scheduler.waiting_adapters] == ["d"]
+    rig.directory.full_of = None
+    del rig.directory.status["d"]
+    assert [output.request_id for output in rig.drain()] == ["second"]
     assert not rig.directory.holds.total()
 
 
