@@ -127,10 +127,8 @@ def _drawn(run: ManyRun, name: str, count: int, seed: int) -> list[int | None]:
     rng = random.Random(seed)
     if name == FEW:
         return [rng.randrange(run.few) for _ in range(count)]
-    drawn: list[int | None] = [*range(min(run.adapters, count))]
-    drawn += [rng.randrange(run.adapters) for _ in range(count - len(drawn))]
-    rng.shuffle(drawn)
-    return drawn
+    drawn: list[int | None] = [*rng.sample(range(run.adapters), min(run.adapters, count))]
+    return drawn + [rng.randrange(run.adapters) for _ in range(count - len(drawn))]
 
 
 def _traces(run: ManyRun, lines: Mapping[str, Line]) -> dict[str, Any]:
