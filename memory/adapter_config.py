@@ -86,7 +86,22 @@ def read_config(folder: Path) -> RawConfig:
 
     Errors: AdapterFileError if the file is absent, larger than 4 MiB, no JSON, or no object.
     """
-    data = read_regular_file(folder, CONFIG_NAME, CONFIG_MAX_BYTES)
+    return parse_config(read_config_file(folder))
+
+
+def read_config_file(folder: Path) -> bytes:
+    """The bytes of the configuration of an adapter folder.
+
+    Errors: AdapterFileError if the file is absent or larger than 4 MiB.
+    """
+    return read_regular_file(folder, CONFIG_NAME, CONFIG_MAX_BYTES)
+
+
+def parse_config(data: bytes) -> RawConfig:
+    """A configuration from its bytes.
+
+    Errors: AdapterFileError if they are no JSON, or no object.
+    """
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -9,11 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from loraplex.memory.adapter_config import CONFIG_NAME, RawConfig, read_config, text_or_none
+from loraplex.memory.adapter_blueprint import Blueprints
+from loraplex.memory.adapter_config import (
+    CONFIG_NAME,
+    RawConfig,
+    parse_config,
+    read_config,
+    read_config_file,
+    text_or_none,
+)
 from loraplex.memory.adapter_errors import AdapterFileError, shown
 from loraplex.memory.adapter_family import Family, Outline
 from loraplex.memory.adapter_hash import adapter_identity
@@ -24,7 +33,7 @@ from loraplex.memory.meteora import METEORA
 from loraplex.memory.mixlora import MIXLORA
 from loraplex.memory.mola import MOLA
 from loraplex.memory.peft_lora import outline_lora, read_lora
-from loraplex.memory.tensor_file import TensorListing, list_tensor_file, read_tensor_file, tensor_file_digest
+from loraplex.memory.tensor_file import TensorListing, list_tensor_file, read_stored_file, tensor_file_digest
 from loraplex.memory.tokenwise import TOKENWISE
 
 FAMILIES: Mapping[str, Family] = {
@@ -50,6 +59,7 @@ def read_adapter(
     base_name: str | None = None,
     dtype: torch.dtype | None = None,
     base_weights: BaseWeights | None = None,
+    blueprints: Blueprints | None = None,
 ) -> AdapterSpec:
     """Read an adapter folder and make every check.
 
@@ -62,15 +72,24 @@ def read_adapter(
         dtype: of the served model; values beyond its range are refused. None: any finite value will do.
         base_weights: of the served base. DoRA and token-wise routing follow from them; and PEFT saves copies of
             ``embed_tokens`` and ``lm_head`` beside LoRA on them, which are compared with these. None: refused.
+        blueprints: of adapters that were read with the same ``shape``, ``base_name``, ``dtype`` and ``base_weights``.
 
     Errors: AdapterFileError naming the key or file at fault, and what was expected.
     """
     folder = _folder(path)
-    raw = read_config(folder)
+    config = read_config_file(folder)
+    raw = parse_config(config)
     family = _family(raw)
-    file = read_tensor_file(folder, allow_bin=allow_bin, max_bytes=max_bytes)
+    stored = read_stored_file(folder, allow_bin=allow_bin, max_bytes=max_bytes)
+    known = None if blueprints is None else blueprints.read(config, stored, dtype)
+    if known is not None:
+        return known
+    file = stored.unpack()
     spec = family.read(raw, file, shape=shape, dtype=dtype, base_weights=base_weights)
-    return replace(spec, warnings=(*_other_base(raw, base_name), *spec.warnings))
+    spec = replace(spec, warnings=(*_other_base(raw, base_name), *spec.warnings))
+    if blueprints is None:
+        return spec
+    return blueprints.learn(config, stored, file, spec, partial(family.outline, raw))
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,9 +273,9 @@ def build_image(
     layout = layout or plan_layout(spec, num_layers, dtype)
     if parts is None:
         parts = (torch.empty((num_layers, layout.num_pages(page_elems), page_elems), dtype=dtype),)
-    layers = [layer for part in parts for layer in _as_integers(part).reshape(part.shape[0], -1)]
+    layers = [layer for part in parts for layer in as_integers(part).reshape(part.shape[0], -1)]
     covered: list[list[tuple[int, int]]] = [[] for _ in layers]
-    for rows in _rows_of(spec, layout, num_layers, dtype):
+    for rows in rows_of(spec, layout, num_layers, dtype):
         start, stop = rows.start * CHUNK, (rows.start + rows.count * rows.stride) * CHUNK
         _store_rows(layers[rows.layer][start:stop].reshape(rows.count, -1), rows, dtype)
         covered[rows.layer].append((start, stop))
@@ -285,7 +285,7 @@ def build_image(
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class Rows:
     """Rows of one layer, from chunk ``start`` on, each padded to ``stride`` chunks.
 
     Attributes:
@@ -314,23 +314,23 @@ class _Rows:
         return values if self.gain is None else values.float() * self.gain[start:stop, None]
 
 
-def _rows_of(spec: AdapterSpec, layout: ImageLayout, num_layers: int, dtype: torch.dtype) -> Iterator[_Rows]:
+def rows_of(spec: AdapterSpec, layout: ImageLayout, num_layers: int, dtype: torch.dtype) -> Iterator[Rows]:
     """Everything that an image consists of."""
     for pair in spec.pairs:
         site = _site_of(pair, layout)
         if pair.layer is None:
             for layer in range(min(num_layers, pair.rank)):
-                yield _Rows(layer, pair.a[layer::num_layers], site.a_start, site.a_stride)
-                yield _Rows(layer, pair.b[:, layer::num_layers], site.b_start, site.b_stride, True, pair.gain)
+                yield Rows(layer, pair.a[layer::num_layers], site.a_start, site.a_stride)
+                yield Rows(layer, pair.b[:, layer::num_layers], site.b_start, site.b_stride, True, pair.gain)
         else:
-            yield _Rows(pair.layer, pair.a, site.a_start, site.a_stride)
-            yield _Rows(pair.layer, pair.b, site.b_start, site.b_stride, True, pair.gain)
+            yield Rows(pair.layer, pair.a, site.a_start, site.a_stride)
+            yield Rows(pair.layer, pair.b, site.b_start, site.b_stride, True, pair.gain)
         if pair.gain is not None and site.gain_start is not None:
-            yield _Rows(pair.layer or 0, (pair.gain - 1)[None], site.gain_start, site.b_stride)
+            yield Rows(pair.layer or 0, (pair.gain - 1)[None], site.gain_start, site.b_stride)
     for router in spec.routers:
         at = layout.mixture_of_layer(router.layer).routers[router.site]
         # The bits of float32, whatever the image's dtype.
-        yield _Rows(router.layer, router.weight.float().contiguous().view(dtype), at.start, at.stride)
+        yield Rows(router.layer, router.weight.float().contiguous().view(dtype), at.start, at.stride)
 
 
 def _site_of(pair: LowRankPair, layout: ImageLayout) -> SiteLayout:
@@ -341,7 +341,7 @@ def _site_of(pair: LowRankPair, layout: ImageLayout) -> SiteLayout:
     return layout.mixture_of_layer(pair.layer).experts[pair.expert][pair.site]
 
 
-def _store_rows(target: _Integers, rows: _Rows, dtype: torch.dtype) -> None:
+def _store_rows(target: _Integers, rows: Rows, dtype: torch.dtype) -> None:
     """Copy rows into ``target [count, stride * 128]``, the bits of ``dtype``, and zeros behind each."""
     # numpy transposes three to four times as fast as torch, on one thread, and its calls are quick; it has no bfloat16.
     inner = rows.count if rows.transposed else rows.width
@@ -350,7 +350,7 @@ def _store_rows(target: _Integers, rows: _Rows, dtype: torch.dtype) -> None:
     for start in range(0, length, step):
         stop = min(start + step, length)
         values = rows.block(start, stop)
-        block = _as_integers(values if values.dtype == dtype else values.to(dtype))
+        block = as_integers(values if values.dtype == dtype else values.to(dtype))
         if rows.transposed:
             target[:, start:stop] = block.T
         else:
@@ -368,6 +368,6 @@ def _clear_the_rest(layer: _Integers, covered: list[tuple[int, int]]) -> None:
     layer[end:] = 0
 
 
-def _as_integers(tensor: torch.Tensor) -> _Integers:
+def as_integers(tensor: torch.Tensor) -> _Integers:
     """The same memory as integers."""
     return tensor.view(_INTEGERS[tensor.dtype.itemsize]).numpy()

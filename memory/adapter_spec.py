@@ -143,6 +143,20 @@ class TokenRoutes:
 
 
 @dataclass(frozen=True, slots=True)
+class SpecValues:
+    """All values of an adapter as one tensor, where its own tensors are views of that.
+
+    Attributes:
+        structure: one object for all adapters whose tensors lie at the same positions of ``flat``, and which differ in
+            nothing but values, identities and warnings.
+        flat: [n], as stored.
+    """
+
+    structure: object
+    flat: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """An adapter as read and verified.
 
@@ -156,6 +170,7 @@ class AdapterSpec:
         token_routes: where the scope is "token".
         invocation: activated LoRA: the adapter acts from the start of the last occurrence of these tokens in the prompt
             on, and not at all where there is none. Empty: it acts on every token.
+        values: where its reader knows of others that are alike.
     """
 
     identity: str
@@ -166,6 +181,7 @@ class AdapterSpec:
     routing: Routing | None = None
     token_routes: TokenRoutes | None = None
     invocation: tuple[int, ...] = field(default=())
+    values: SpecValues | None = field(default=None, repr=False, compare=False)
 
     @property
     def rank(self) -> int:

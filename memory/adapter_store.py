@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
 
+from loraplex.memory.adapter_blueprint import Blueprints
 from loraplex.memory.adapter_errors import AdapterChangedError, AdapterFileError
-from loraplex.memory.adapter_image import AdapterImage, ImageLayout, build_image, plan_layout
+from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.adapter_merge import read_source
 from loraplex.memory.adapter_spec import AdapterSpec, BaseShape, BaseWeights
 from loraplex.memory.arrival_rates import ArrivalRates, worth_of
 from loraplex.memory.eviction_order import EvictionOrder, LruOrder
 from loraplex.memory.host_slab import HostSlab
+from loraplex.memory.image_plan import ImagePlan, ImagePlans
 from loraplex.memory.store_images import HeldImage, HostImages
 from loraplex.memory.store_read_times import ReadTimes
 from loraplex.memory.store_records import Record, Records
@@ -29,7 +32,6 @@ from loraplex.memory.store_states import (
     LoadState,
     Ready,
     StoreStats,
-    content_of,
 )
 from loraplex.memory.store_threads import LoaderThreads
 
@@ -91,11 +93,12 @@ class AdapterStore:
     ) -> None:
         self.byte_limit = byte_limit
         self._num_layers = shape.num_layers
-        self._page_elems, self._dtype = page_elems, dtype
         self._clock, self._rates = clock, rates
         self._back_off = BackOff(first_retry_seconds, longest_retry_seconds)
+        self._plans = ImagePlans(shape.num_layers, page_elems, dtype)
         self._reader = reader or partial(
             read_source,
+            blueprints=Blueprints(),
             shape=shape,
             allow_bin=allow_bin,
             max_bytes=_FILE_TO_IMAGE * byte_limit,
@@ -328,8 +331,8 @@ class AdapterStore:
     def _load(self, record: Record) -> None:
         started = time.perf_counter()
         spec = read_patiently(partial(self._reader, record.key[0]), self._sleep)
-        layout = plan_layout(spec, self._num_layers, self._dtype)
-        content, heap_bytes = self._content_of(spec, layout)
+        plan = self._plans.plan(spec)
+        content, heap_bytes = self._content_of(spec, plan)
         seconds = time.perf_counter() - started
         with self._changed:
             held = self._find_room(record, content, heap_bytes)
@@ -337,7 +340,7 @@ class AdapterStore:
                 self._publish(record, held, content, seconds)
                 return
         started = time.perf_counter()
-        image = self._lay_out(spec, layout, held)
+        image = self._lay_out(spec, plan, held)
         seconds += time.perf_counter() - started
         with self._changed:
             self._images.finish(held, image)
@@ -347,16 +350,16 @@ class AdapterStore:
             finally:
                 self._images.drop_unshared(held, "forgotten")
 
-    def _content_of(self, spec: AdapterSpec, layout: ImageLayout) -> tuple[Content, int]:
+    def _content_of(self, spec: AdapterSpec, plan: ImagePlan) -> tuple[Content, int]:
         """What was read, and the bytes that it takes beside its rows."""
-        pages = layout.num_pages(self._page_elems)
         heap_bytes = spec.token_routes.num_bytes if spec.token_routes else 0
-        num_bytes = heap_bytes + self._num_layers * pages * self._slab.block_bytes
+        num_bytes = heap_bytes + self._num_layers * plan.content.num_pages * self._slab.block_bytes
         if num_bytes > self.byte_limit:
             raise AdapterFileError(
                 f"the adapter takes {num_bytes} bytes in the host store, which may hold {self.byte_limit}", key="bytes"
             )
-        return content_of(spec, self._num_layers, pages, num_bytes), heap_bytes
+        content = replace(plan.content, identity=spec.identity, warnings=spec.warnings, num_bytes=num_bytes)
+        return content, heap_bytes
 
     def _find_room(self, record: Record, content: Content, heap_bytes: int) -> HeldImage | None:
         """The room of an image: that of the same content once it is laid out, or new room, as soon as there is some.
@@ -378,12 +381,9 @@ class AdapterStore:
             self._cramped.discard(record.key)
         return None
 
-    def _lay_out(self, spec: AdapterSpec, layout: ImageLayout, held: HeldImage) -> AdapterImage:
-        room = held.room
+    def _lay_out(self, spec: AdapterSpec, plan: ImagePlan, held: HeldImage) -> AdapterImage:
         try:
-            return build_image(
-                spec, self._num_layers, self._page_elems, self._dtype, layout=layout, parts=room.parts, room=room
-            )
+            return self._plans.build(spec, plan, held.room.parts, held.room)
         except BaseException:
             with self._changed:
                 self._images.abandon(held)

@@ -63,6 +63,12 @@ def unpack_safetensors(data: torch.Tensor) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def header_of(data: memoryview) -> bytes | None:
+    """The header of a file of these bytes, its length included; None where the file is too short for it."""
+    stop = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
+    return bytes(data[:stop]) if _LENGTH_BYTES <= stop <= len(data) else None
+
+
 def parse_header(data: memoryview) -> Mapping[str, StoredTensor]:
     """What a file of these bytes holds, by name.
 

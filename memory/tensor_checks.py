@@ -36,18 +36,28 @@ def dims(shape: Iterable[int]) -> str:
 
 def check_values(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> None:
     """Errors: AdapterFileError for values that are no floats, not finite, or beyond the range of ``dtype``."""
+    if values_fit(tensor, dtype):
+        return
     if tensor.dtype not in FLOAT_DTYPES:
         name = str(tensor.dtype).removeprefix("torch.")
         raise AdapterFileError(f"{key}: dtype {name}, expected float16, bfloat16, float32 or float64", key=key)
     largest = _value_of(_largest_bits(tensor), tensor.dtype)
     if not math.isfinite(largest):
         raise AdapterFileError(f"{key}: holds NaN or infinite values, expected finite ones", key=key)
-    if dtype is not None and dtype != tensor.dtype and not _fits(largest, dtype):
+    if dtype is not None:
         raise AdapterFileError(
             f"{key}: values up to {largest:.4g} do not fit the served model's {dtype}; its largest is "
             f"{torch.finfo(dtype).max:.4g}",
             key=key,
         )
+
+
+def values_fit(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether ``check_values`` accepts them."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        return False
+    largest = _value_of(_largest_bits(tensor), tensor.dtype)
+    return math.isfinite(largest) and (dtype is None or dtype == tensor.dtype or _fits(largest, dtype))
 
 
 def _fits(value: float, dtype: torch.dtype) -> bool:

@@ -55,6 +55,27 @@ class TensorFile:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A tensors' file as it stands.
+
+    Attributes:
+        name: of the file within its folder.
+        data: its bytes, [n] uint8.
+        hashing: of those bytes; may be under way.
+    """
+
+    name: str
+    data: torch.Tensor
+    hashing: FileHash
+
+    def unpack(self) -> TensorFile:
+        """Its tensors; AdapterFileError where it is corrupt."""
+        if self.name == BIN_NAME:
+            return TensorFile(self.name, _unpack_bin(self.data.numpy().tobytes()), self.hashing)
+        return TensorFile(self.name, _unpack_safetensors(self.data), self.hashing)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorListing:
     """What a tensors' file says of itself without its weights being read.
 
@@ -141,19 +162,24 @@ def tensor_file_name(folder: Path, *, allow_bin: bool) -> str:
     return BIN_NAME
 
 
-def read_tensor_file(folder: Path, *, allow_bin: bool, max_bytes: int | None) -> TensorFile:
-    """Read and hash the tensors of an adapter folder.
+def read_stored_file(folder: Path, *, allow_bin: bool, max_bytes: int | None) -> StoredFile:
+    """Read and hash the tensors' file of an adapter folder.
 
-    Errors: AdapterFileError for a file that is absent, corrupt, too large, or a ``.bin`` that is not allowed.
+    Errors: AdapterFileError for a file that is absent, too large, or a ``.bin`` that is not allowed.
     """
     name = tensor_file_name(folder, allow_bin=allow_bin)
     if name == BIN_NAME:
-        data, hashing = _read_hashed(folder, name, min(max_bytes or BIN_MAX_BYTES, BIN_MAX_BYTES))
-        tensors = _unpack_bin(data.numpy().tobytes())
-    else:
-        data, hashing = _read_hashed(folder, name, max_bytes)
-        tensors = _unpack_safetensors(data)
-    return TensorFile(name, tensors, hashing)
+        max_bytes = min(max_bytes or BIN_MAX_BYTES, BIN_MAX_BYTES)
+    data, hashing = _read_hashed(folder, name, max_bytes)
+    return StoredFile(name, data, hashing)
+
+
+def read_tensor_file(folder: Path, *, allow_bin: bool, max_bytes: int | None) -> TensorFile:
+    """Read, hash and unpack the tensors of an adapter folder.
+
+    Errors: AdapterFileError for a file that is absent, corrupt, too large, or a ``.bin`` that is not allowed.
+    """
+    return read_stored_file(folder, allow_bin=allow_bin, max_bytes=max_bytes).unpack()
 
 
 def tensor_file_digest(folder: Path, *, allow_bin: bool) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import structlog
 
+from loraplex.memory.adapter_blueprint import Blueprints
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.adapter_errors import AdapterFileError
 from loraplex.memory.adapter_spec import BaseShape, BaseWeights
@@ -90,6 +91,7 @@ def build_tiers(
         base_name=config.model_name or config.model,
         dtype=shape.dtype,
         base_weights=base_weights,
+        blueprints=Blueprints(),
     )
     store = AdapterStore(
         base,

@@ -98,7 +98,7 @@ def test_an_expectation_that_changes_while_the_image_is_laid_out_counts(harness,
         store.expect("a", 0, "other")
         return build_image(*args, **options)
 
-    monkeypatch.setattr("loraplex.memory.adapter_store.build_image", build)
+    monkeypatch.setattr("loraplex.memory.image_plan.build_image", build)
     assert isinstance(harness.load_any(store, "a").error, AdapterChangedError)
     harness.wait_until(lambda: store.host_bytes == 0)
     assert not store.holds("a")

@@ -108,7 +108,7 @@ def test_an_error_while_laying_out_returns_the_room(harness, monkeypatch):
     def fail(*args: Any, **options: Any) -> None:
         raise MemoryError("no pages left to lock")
 
-    monkeypatch.setattr("loraplex.memory.adapter_store.build_image", fail)
+    monkeypatch.setattr("loraplex.memory.image_plan.build_image", fail)
     assert isinstance(harness.load_any(store, "a"), Failed)
     harness.wait_until(lambda: store.host_bytes == 0)
     store.check_integrity()
