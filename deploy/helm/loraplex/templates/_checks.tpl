@@ -13,7 +13,7 @@
 {{/* How many sources a model or an adapter folder has. */}}
 {{- define "loraplex.sources" -}}
 {{- $count := 0 -}}
-{{- range list .hub .path .claim.name .image.reference -}}
+{{- range list (get . "hub") .path .claim.name .image.reference -}}
 {{- if . -}}
 {{- $count = add1 $count -}}
 {{- end -}}

@@ -30,7 +30,7 @@ loraplex-demo
 {{- define "loraplex.resources" -}}
 {{- $resources := deepCopy .Values.resources -}}
 {{- if gt (int .Values.gpu.count) 0 -}}
-{{- $limits := default dict $resources.limits -}}
+{{- $limits := default dict (get $resources "limits") -}}
 {{- $_ := set $limits .Values.gpu.resource (int .Values.gpu.count) -}}
 {{- $_ := set $resources "limits" $limits -}}
 {{- end -}}
