@@ -127,7 +127,7 @@ def render(chart_folder: Path) -> Callable[..., Release]:
     return render
 
 
-class _NoTwins(yaml.SafeLoader):
+class _NoTwins(yaml.CSafeLoader):
     """Refuses a key that is given twice, of which a cluster would take either."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
