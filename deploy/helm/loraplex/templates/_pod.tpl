@@ -50,7 +50,7 @@ loraplex-demo
 - name: XDG_CACHE_HOME
   value: /var/cache/loraplex
 - name: HF_HOME
-  value: /var/cache/loraplex/hub
+  value: /var/cache/loraplex/huggingface
 - name: TRITON_CACHE_DIR
   value: /var/cache/loraplex/triton
 - name: FLASHINFER_WORKSPACE_BASE
