@@ -39,6 +39,11 @@ def settings_schema(without: Collection[str] = ()) -> dict[str, Any]:
     }
 
 
+def secret_settings() -> frozenset[str]:
+    """Settings that hold secrets, and so have no place in a file that others may read."""
+    return frozenset(name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation))
+
+
 def _kinds(made: dict[str, Any], name: str, field: FieldInfo) -> list[dict[str, Any]]:
     """What a setting may be beside null."""
     if "ByteSize" in str(field.annotation):

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from loraplex.server.settings_schema import settings_schema
+from loraplex.server.settings_schema import secret_settings, settings_schema
 
 HERE = Path(__file__).resolve().parent
 CHART = HERE / "loraplex"
@@ -26,7 +26,8 @@ OTHERWISE = {
     "state_dir": "state.*",
     "cache_dir": "cache.*",
     "port": "containerPort",
-    "api_keys": "auth.*",
+    "api_keys": "auth.secretKey",
+    "tenant_keys": "auth.tenantsKey",
     "metrics_compat": "metricsCompat",
 }
 """Settings that the chart makes from other values."""
@@ -43,7 +44,7 @@ def values_schema() -> dict[str, Any]:
     """The schema of all values (draft 7, which every Helm understands)."""
     schema: dict[str, Any] = yaml.safe_load((HERE / "values.schema.yaml").read_text(encoding="utf-8"))
     said = ", ".join(f"`{name}` ({value})" for name, value in OTHERWISE.items())
-    settings = settings_schema(without=OTHERWISE)
+    settings = settings_schema(without=OTHERWISE.keys() | secret_settings())
     settings["description"] = f"Any setting of [settings.md](settings.md) but those that other values make: {said}."
     schema["properties"]["config"] = settings
     return schema

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from loraplex.server.settings import Settings, load_settings
+from loraplex.server.settings_schema import secret_settings
 
 DEMO = {"demo": True}
 MODEL = {"name": "base", "path": "/models/base"}
@@ -72,12 +73,13 @@ def test_every_setting_can_be_set(render: Any, read: Any, setting: str) -> None:
         "host": {"config": {"host": "::"}},
         "port": {"containerPort": 1234},
         "api_keys": {"auth": {"secretName": "keys"}},
+        "tenant_keys": {"auth": {"secretName": "keys", "tenantsKey": "tenants"}},
         "metrics_compat": {"metricsCompat": "vllm"},
     }
     if setting in elsewhere:
         release = render({"model": MODEL} | elsewhere[setting])
-        if setting == "api_keys":
-            assert "LORAPLEX_API_KEYS" in release.env
+        if setting in secret_settings():
+            assert "secretKeyRef" in release.env[f"LORAPLEX_{setting.upper()}"]["valueFrom"]
         else:
             assert setting in release.config
     else:
@@ -133,7 +135,7 @@ def test_a_folder_of_adapters_is_mounted_and_watched(render: Any, read: Any) -> 
 
 def test_secrets_are_only_referred_to(render: Any) -> None:
     values = {
-        "auth": {"secretName": "keys", "secretKey": "mine"},
+        "auth": {"secretName": "keys", "secretKey": "mine", "tenantsKey": "tenants"},
         "hubToken": {"secretName": "hub"},
         "objectStore": {"secretName": "bucket"},
         "envFrom": [{"configMapRef": {"name": "more"}}],
@@ -141,6 +143,7 @@ def test_secrets_are_only_referred_to(render: Any) -> None:
     }
     release = render(DEMO | values)
     assert release.env["LORAPLEX_API_KEYS"]["valueFrom"] == {"secretKeyRef": {"name": "keys", "key": "mine"}}
+    assert release.env["LORAPLEX_TENANT_KEYS"]["valueFrom"] == {"secretKeyRef": {"name": "keys", "key": "tenants"}}
     assert release.env["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
     assert release.container["envFrom"] == [{"secretRef": {"name": "bucket"}}, {"configMapRef": {"name": "more"}}]
     assert release.env["AWS_REGION"]["value"] == "eu-central-1"
@@ -149,7 +152,9 @@ def test_secrets_are_only_referred_to(render: Any) -> None:
 
 
 def test_keys_cannot_be_put_where_all_can_read_them(refuse: Any) -> None:
-    assert "api_keys" in refuse(DEMO | {"config": {"api_keys": ["secret"]}})
+    assert "api_keys" in secret_settings()
+    for name in secret_settings():
+        assert name in refuse(DEMO | {"config": {name: ["secret"]}})
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "StatefulSet", "LeaderWorkerSet"])

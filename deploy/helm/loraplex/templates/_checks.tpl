@@ -4,6 +4,8 @@
 {{- include "loraplex.checkModel" . -}}
 {{- include "loraplex.checkState" . -}}
 {{- include "loraplex.checkCache" . -}}
+{{- include "loraplex.checkAuth" . -}}
+{{- include "loraplex.checkStrategy" . -}}
 {{- include "loraplex.checkPlacement" . -}}
 {{- include "loraplex.checkScaling" . -}}
 {{- include "loraplex.checkRouting" . -}}
@@ -114,6 +116,28 @@
 {{- $bytes -}}
 {{- else -}}
 0
+{{- end -}}
+{{- end -}}
+
+{{- define "loraplex.checkAuth" -}}
+{{- $auth := .Values.auth -}}
+{{- if and $auth.secretName (not $auth.secretKey) (not $auth.tenantsKey) -}}
+{{- fail "auth.secretKey: name the key of the Secret, or auth.tenantsKey; without either all may come in" -}}
+{{- end -}}
+{{- if and $auth.secretName (eq $auth.secretKey $auth.tenantsKey) -}}
+{{- fail "auth.tenantsKey: the two kinds of keys need keys of their own in the Secret" -}}
+{{- end -}}
+{{- if and $auth.tenantsKey (not $auth.secretName) -}}
+{{- fail "auth.secretName: auth.tenantsKey is a key of this Secret" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "loraplex.checkStrategy" -}}
+{{- $kinds := dict "Deployment" (list "RollingUpdate" "Recreate") "StatefulSet" (list "RollingUpdate" "OnDelete") "LeaderWorkerSet" (list "RollingUpdate") -}}
+{{- $known := get $kinds .Values.workload.kind -}}
+{{- $type := dig "type" "RollingUpdate" .Values.strategy -}}
+{{- if not (has $type $known) -}}
+{{- fail (printf "strategy.type: a %s takes %s, not %s" .Values.workload.kind (join " or " $known) $type) -}}
 {{- end -}}
 {{- end -}}
 

@@ -44,6 +44,23 @@ loraplex-demo
 {{- toYaml $resources -}}
 {{- end -}}
 
+{{/* The Secret's keys as variables; called with a list of the root and the two names. */}}
+{{- define "loraplex.keys" -}}
+{{- $auth := (index . 0).Values.auth -}}
+{{- $names := dict $auth.secretKey (index . 1) $auth.tenantsKey (index . 2) -}}
+{{- if $auth.secretName }}
+{{- range $key := list $auth.secretKey $auth.tenantsKey }}
+{{- if $key }}
+- name: {{ get $names $key }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $auth.secretName }}
+      key: {{ $key }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{- define "loraplex.env" -}}
 - name: HOME
   value: /tmp
@@ -61,13 +78,7 @@ loraplex-demo
     resourceFieldRef:
       resource: limits.cpu
 {{- end }}
-{{- with .Values.auth.secretName }}
-- name: LORAPLEX_API_KEYS
-  valueFrom:
-    secretKeyRef:
-      name: {{ . }}
-      key: {{ $.Values.auth.secretKey }}
-{{- end }}
+{{- include "loraplex.keys" (list . "LORAPLEX_API_KEYS" "LORAPLEX_TENANT_KEYS") }}
 {{- with .Values.hubToken.secretName }}
 - name: HF_TOKEN
   valueFrom:
