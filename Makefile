@@ -35,6 +35,8 @@ format: $(STAMP)
 
 docs: $(STAMP)  ## pages that are made from code
 	$(BIN)/python -m loraplex.server.settings_table > docs/settings.md
+	$(BIN)/python deploy/helm/values_schema.py schema > deploy/helm/loraplex/values.schema.json
+	$(BIN)/python deploy/helm/values_schema.py table > docs/helm-values.md
 
 bench-peers: $(STAMP)  ## this engine beside transformers + PEFT; prints a record
 	$(BIN)/python tests/bench/bench_peers.py

@@ -17,6 +17,7 @@ from loraplex.server.lazy import run_lazily
 from loraplex.server.settings import Settings
 
 Command = Callable[..., None]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML or TOML file of settings.")]
 
 
 def _value_type(field: FieldInfo) -> Any:
@@ -77,7 +78,7 @@ def _with_settings(*skipped: str) -> Callable[[Command], Command]:
 @_with_settings("model")
 def serve(
     model: Annotated[str | None, typer.Argument(help=f"{Settings.model_fields['model'].description}")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML or TOML file of settings.")] = None,
+    config: ConfigFile = None,
     **flags: Any,
 ) -> None:
     """Serve a base model and its adapters over an OpenAI-compatible HTTP API.
@@ -93,6 +94,9 @@ def demo_settings() -> dict[str, str]:
 
 
 @_with_settings("model", "adapters", "served_model_name")
-def demo(**flags: Any) -> None:
-    """Serve the built-in demo: a small trained base model and one adapter for each of its skills."""
-    run_lazily("loraplex.server.cli_serving:run_server", flags | demo_settings(), None)
+def demo(config: ConfigFile = None, **flags: Any) -> None:
+    """Serve the built-in demo: a small trained base model and one adapter for each of its skills.
+
+    What makes it the demo (model, adapters, served_model_name) wins over the --config file.
+    """
+    run_lazily("loraplex.server.cli_serving:run_server", flags | demo_settings(), config)
