@@ -14,7 +14,7 @@ KEYS = ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "p
 
 
 def settings(listing: str) -> dict[str, str]:
-    """Values by key from the output of ``pip config list``; the environment wins over files, a user's over the system's."""
+    """Values by key from the output of ``pip config list``; the environment wins over files."""
     found: dict[str, str] = {}
     from_environment: dict[str, str] = {}
     for line in listing.splitlines():
@@ -27,7 +27,7 @@ def settings(listing: str) -> dict[str, str]:
 
 
 def local_paths(values: dict[str, str]) -> list[str]:
-    """Paths among the values that exist on this machine; of a file: URL the folder around it, since an index links there."""
+    """Paths among the values that exist here; of a file: URL the folder around it, since an index links there."""
     words = [word for value in values.values() for word in value.split()]
     folders = [str(Path(word.removeprefix("file://")).parent) for word in words if word.startswith("file:///")]
     return sorted({path for path in [*words, *folders] if path.startswith("/") and Path(path).exists()} - {"/"})
@@ -35,8 +35,8 @@ def local_paths(values: dict[str, str]) -> list[str]:
 
 def main(conf: str) -> None:
     """Write the file and print the paths."""
-    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True)
-    values = settings(listing.stdout)
+    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], check=True, stdout=subprocess.PIPE)
+    values = settings(listing.stdout.decode())
     lines = [f"{key} = {' '.join(value.split())}" for key, value in values.items()]
     Path(conf).write_text("\n".join(["[global]", *lines]) + "\n")
     sys.stdout.write("".join(f"{path}\n" for path in local_paths(values)))

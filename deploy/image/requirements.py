@@ -1,4 +1,4 @@
-"""Print what the wheel depends on: ``requirements.py PYPROJECT EXTRA,...``. Extras may name the project's own extras."""
+"""Print what the wheel depends on: ``requirements.py PYPROJECT EXTRA,...``. Extras may name extras."""
 
 from __future__ import annotations
 

@@ -82,7 +82,9 @@ def test_prometheus_accepts_its_configuration(require_tool: Callable[[str], str]
 
 def test_prometheus_scrapes_the_server_of_the_file() -> None:
     config = yaml.safe_load(source_of("prometheus", "/etc/prometheus/prometheus.yaml").read_text())
-    targets = [target for job in config["scrape_configs"] for each in job["static_configs"] for target in each["targets"]]
+    targets = [
+        target for job in config["scrape_configs"] for each in job["static_configs"] for target in each["targets"]
+    ]
     assert targets == ["loraplex:8000"]
 
 
