@@ -15,7 +15,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
-SCRIPTS = sorted([*(ROOT / "deploy").rglob("*.sh"), *(ROOT / "tests" / "deploy").rglob("*.sh"), ROOT / ".ci" / "run"])
+CI = [path for path in (ROOT / ".ci").iterdir() if path.read_bytes().startswith(b"#!")]
+SCRIPTS = sorted([*CI, *(ROOT / "deploy").rglob("*.sh"), *(ROOT / "tests" / "deploy").rglob("*.sh")])
 
 
 def pins(*names: str) -> dict[str, str]:
