@@ -89,3 +89,10 @@ def test_a_build_is_told_what_pip_is_told_here(tmp_path: Path) -> None:
         "extra-index-url": f"file://{tmp_path}/index/simple https://packages.example/simple",
     }
     assert told.local_paths(values) == [f"{tmp_path}/ca.pem", f"{tmp_path}/index"]
+
+
+@pytest.mark.parametrize(("variant", "cuda"), [("cpu", None), ("cuda", "13.0")])
+def test_a_torch_of_the_other_variant_fails_the_build(variant: str, cuda: str | None) -> None:
+    fault = script("torch_variant").fault
+    assert fault(variant, cuda) is None
+    assert "torch is built" in fault("cuda" if variant == "cpu" else "cpu", cuda)

@@ -168,14 +168,19 @@ def demo_values(port: int) -> dict[str, Any]:
 
 
 def for_podman(objects: list[dict[str, Any]]) -> str:
-    """Those of the manifests that podman plays: on the machine's network, since not every machine lets podman make one,
-    and not started again, so that how a container ends can be seen.
+    """Those of the manifests that podman plays, but for what it cannot do or would hide.
+
+    Containers are on the machine's network, since not every machine lets podman make one, so there are no ports to map;
+    podman 4 runs no HTTP probes; and a container that ends is not started again, so that its end can be seen.
     """
-    played = [found for found in objects if found["kind"] in ("ConfigMap", "Deployment")]
-    played.sort(key=lambda found: str(found["kind"]))
-    for found in played:
-        if found["kind"] == "Deployment":
-            found["spec"]["template"]["spec"] |= {"hostNetwork": True, "restartPolicy": "Never"}
+    played = sorted(
+        (found for found in objects if found["kind"] in ("ConfigMap", "Deployment")), key=lambda o: o["kind"]
+    )
+    for pod in (found["spec"]["template"]["spec"] for found in played if found["kind"] == "Deployment"):
+        pod |= {"hostNetwork": True, "restartPolicy": "Never"}
+        for container in pod["containers"]:
+            for name in ("ports", "startupProbe", "readinessProbe", "livenessProbe"):
+                container.pop(name, None)
     return yaml.safe_dump_all(played)
 
 
