@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 ROOMS := server memory kernels clients
+IMAGE ?= loraplex:0.1.0
 
 .PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
 .PHONY: bench-tiers bench-pool bench-cold soak-identity clean
+.PHONY: image deploy-test
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -65,6 +67,12 @@ bench-cold: $(STAMP)  ## loads from disk and from host memory beside plain reads
 
 soak-identity: $(STAMP)  ## ten million operations in which nothing may be found under another identity
 	$(BIN)/python tests/bench/soak_identity.py $(ARGS)
+
+image: $(STAMP)  ## the image by buildah, as $(IMAGE), and its SBOM in build/; see docs/containers.md
+	PYTHON=$(BIN)/python deploy/image/build.sh $(IMAGE) $(ARGS)
+
+deploy-test: $(STAMP)  ## build the image, run it by podman from the chart's manifests, watch it by Prometheus; root on Debian
+	tests/deploy/live/run.sh $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
