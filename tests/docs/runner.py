@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120
+SECONDS = 540
 _DRIVER = """
 import contextlib, io, json, os, sys, traceback
 pages, real = {}, sys.stdout
