@@ -7,7 +7,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 ROOMS := server memory kernels clients
 
 .PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
-.PHONY: bench-tiers bench-pool bench-cold soak-identity clean
+.PHONY: bench-tiers bench-pool bench-cold soak-identity docs-test clean
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -63,6 +63,11 @@ bench-cold: $(STAMP)  ## loads from disk and from host memory beside plain reads
 
 soak-identity: $(STAMP)  ## ten million operations in which nothing may be found under another identity
 	$(BIN)/python tests/bench/soak_identity.py $(ARGS)
+
+docs-test: $(STAMP)  ## the documentation's commands, those too that need clients which the suite does without
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --requirement tests/docs/clients.txt
+	DOCS_CLIENT_PYTHON=$(CURDIR)/.venv-docs/bin/python $(BIN)/pytest tests/docs
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -74,7 +74,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Host and port of ``loraplex demo`` with a state folder, which drains in time at the end."""
     folder = tmp_path_factory.mktemp("docs-server")
     env = {name: value for name, value in os.environ.items() if not name.upper().startswith("LORAPLEX_")}
-    arguments = ["demo", "--port", "0", "--dtype", "float32", "--device", "cpu", "--state-dir", str(folder / "state"), "--threads", "1"]
+    arguments = [
+        "demo",
+        "--port",
+        "0",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--state-dir",
+        str(folder / "state"),
+        "--threads",
+        "1",
+    ]
     log = folder / "log.txt"
     with log.open("wb") as output:
         process = subprocess.Popen(
