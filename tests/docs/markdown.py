@@ -8,7 +8,7 @@ page's own; ``python`` blocks of a page share their names. What follows changes 
   white space does not count.
 - ``<!-- not run: REASON -->`` before a block: it is checked, not run.
 - ``<!-- needs: PACKAGE ... -->`` before a block: it is run by ``make docs-test`` alone, where these are installed.
-- A block that calls a tool of ``ELSEWHERE`` is checked, not run.
+- A block that calls a tool of ``ELSEWHERE``, or stands on a page of ``CHECKED_ONLY``, is checked, not run.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -29,6 +30,11 @@ ELSEWHERE = frozenset(
     " podman promtool skopeo ssh systemctl uv vllm".split()
 )
 """Tools that need what a test has not: a cluster, images, a network, or a quarter of an hour."""
+
+CHECKED_ONLY = frozenset(
+    f"docs/{name}.md" for name in ("alerts", "containers", "gpu", "kubernetes", "observability", "routing", "sources")
+)
+"""Pages about such things: their blocks are checked, not run."""
 
 FIRST_WORDS = ("curl", "loraplex", ".venv/bin/loraplex", "export", *ELSEWHERE)
 _NOT_RUN = re.compile(r"<!--\s*not run:\s*(.+?)\s*-->", re.DOTALL)
@@ -151,6 +157,9 @@ def _block(path: Path, token: Token, comment: str) -> Block:
     language = token.info.split()[0] if token.info.strip() else ""
     title, not_run, needs = _TITLE.search(token.info), _NOT_RUN.search(comment), _NEEDS.search(comment)
     reason = not_run[1] if not_run else None
+    name = str(path.relative_to(ROOT))
+    if name in CHECKED_ONLY or name.startswith("deploy/"):
+        reason = reason or "its page is of things that a test has not"
     if language in SHELL and (elsewhere := commands_of(token.content) & ELSEWHERE):
         reason = reason or f"it calls {', '.join(sorted(elsewhere))}"
     return Block(
@@ -189,7 +198,7 @@ def _links(inlines: list[Token]) -> Iterator[tuple[int, str]]:
 
 def _anchors(tokens: list[Token]) -> Iterator[str]:
     seen: dict[str, int] = {}
-    for opened, inline in zip(tokens, tokens[1:]):
+    for opened, inline in pairwise(tokens):
         if opened.type != "heading_open":
             continue
         text = "".join(child.content for child in inline.children or ())

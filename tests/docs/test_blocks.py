@@ -128,7 +128,7 @@ def test_flags_in_prose_exist(page: Any) -> None:
     if page.name.startswith(THEIRS_ARE_ELSEWHERE) or page.name.startswith(FOREIGN_FIRST_COLUMN):
         return
     known = OPTIONS | OF_OTHER_TOOLS
-    spans = [(line, text) for line, text in page.code if text.startswith("--") or text.startswith("loraplex ")]
+    spans = [(line, text) for line, text in page.code if text.startswith(("--", "loraplex "))]
     unknown = [
         f"{page.name}:{line}: {flag}" for line, text in spans for flag in FLAG.findall(text) if flag not in known
     ]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("tidy")
 def test_blocks_of_a_page_run_in_order_and_print_what_it_shows(run_page: Any, runner: Any, tmp_path: Path) -> None:
     if not any(runner.can_run(block) for block in run_page.blocks):
