@@ -26,8 +26,9 @@ from markdown_it.token import Token
 ROOT = Path(__file__).resolve().parents[2]
 SHELL, PYTHON, OUTPUT = ("sh", "bash", "shell"), ("python",), ("text", "json")
 ELSEWHERE = frozenset(
-    "aiperf buildah docker genai-bench git guidellm helm inference-perf kubectl kustomize lm_eval make nerdctl oras pip"
-    " podman promtool skopeo ssh systemctl uv vllm".split()
+    ("aiperf", "genai-bench", "guidellm", "inference-perf", "lm_eval", "vllm")
+    + ("buildah", "docker", "helm", "kubectl", "kustomize", "nerdctl", "oras", "podman", "promtool", "skopeo")
+    + ("git", "make", "pip", "ssh", "systemctl", "uv")
 )
 """Tools that need what a test has not: a cluster, images, a network, or a quarter of an hour."""
 
