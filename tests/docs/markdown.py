@@ -25,11 +25,9 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[2]
 SHELL, PYTHON, OUTPUT = ("sh", "bash", "shell"), ("python",), ("text", "json")
-ELSEWHERE = frozenset(
-    ("aiperf", "genai-bench", "guidellm", "inference-perf", "lm_eval", "vllm")
-    + ("buildah", "docker", "helm", "kubectl", "kustomize", "nerdctl", "oras", "podman", "promtool", "skopeo")
-    + ("git", "make", "pip", "ssh", "systemctl", "uv")
-)
+_BENCHMARKS = ("aiperf", "genai-bench", "guidellm", "inference-perf", "lm_eval", "vllm")
+_CLUSTER = ("buildah", "docker", "helm", "kubectl", "kustomize", "nerdctl", "oras", "podman", "promtool", "skopeo")
+ELSEWHERE = frozenset((*_BENCHMARKS, *_CLUSTER, "git", "make", "pip", "ssh", "systemctl", "uv"))
 """Tools that need what a test has not: a cluster, images, a network, or a quarter of an hour."""
 
 CHECKED_ONLY = frozenset(
