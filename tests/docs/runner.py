@@ -76,7 +76,8 @@ class Runner:
         kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("LORAPLEX_")}
         bins = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
         url = f"http://{self.address}"
-        return kept | {"PATH": bins, "LORAPLEX_URL": url, "COLUMNS": "120", "OPENAI_API_KEY": "none"}
+        told = {"LORAPLEX_URL": url, "COLUMNS": "120", "OPENAI_API_KEY": "none"}
+        return kept | told | {"PATH": bins, "OMP_NUM_THREADS": "1"}  # threads that spin make a full machine slower
 
     def localised(self, text: str) -> str:
         """A block's text with the address and the files of this test."""
