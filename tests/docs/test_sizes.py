@@ -119,3 +119,7 @@ def test_the_worked_example_adds_up(operations: Any) -> None:
     assert rest
     assert int(rest[1].replace(",", "")) == pages - adapters
     assert int(rest[2].replace(",", "")) == (pages - adapters) * PAGE_TOKENS
+    host = re.search(r"the default holds (\d+) adapters of 26 MiB", text)
+    assert host
+    assert model.pages(16, ATTENTION) * model.page.page_bytes == 26 * MIB
+    assert int(host[1]) == int(Settings.model_fields["host_adapter_bytes"].default) // (26 * MIB)
