@@ -8,8 +8,7 @@ ROOMS := server memory kernels clients
 IMAGE ?= loraplex:0.1.0
 
 .PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
-.PHONY: bench-tiers bench-pool bench-cold soak-identity clean
-.PHONY: image deploy-test
+.PHONY: bench-tiers bench-pool bench-cold soak-identity docs-test image deploy-test clean
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -73,6 +72,11 @@ image: $(STAMP)  ## the image by buildah, as $(IMAGE), and its SBOM in build/; s
 
 deploy-test: $(STAMP)  ## build the image, run it by podman from the chart's manifests, watch it by Prometheus; root on Debian
 	tests/deploy/live/run.sh $(ARGS)
+
+docs-test: $(STAMP)  ## the documentation's commands, those too that need clients which the suite does without
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --requirement tests/docs/clients.txt
+	DOCS_CLIENT_PYTHON=$(CURDIR)/.venv-docs/bin/python $(BIN)/pytest tests/docs
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -56,7 +56,7 @@ def read_adapter(
     *,
     allow_bin: bool = False,
     max_bytes: int | None = None,
-    base_name: str | None = None,
+    base_name: str | tuple[str, ...] | None = None,
     dtype: torch.dtype | None = None,
     base_weights: BaseWeights | None = None,
     blueprints: Blueprints | None = None,
@@ -68,7 +68,7 @@ def read_adapter(
         shape: what the served base offers to adapters.
         allow_bin: whether pickled weights may be read where there is no safetensors file.
         max_bytes: largest tensors' file that is read.
-        base_name: name of the served base; an adapter that names another gets a warning.
+        base_name: name of the served base, or all its names; an adapter that names another gets a warning.
         dtype: of the served model; values beyond its range are refused. None: any finite value will do.
         base_weights: of the served base. DoRA and token-wise routing follow from them; and PEFT saves copies of
             ``embed_tokens`` and ``lm_head`` beside LoRA on them, which are compared with these. None: refused.
@@ -228,8 +228,9 @@ def _routed_family(strategy: str | None) -> str:
     return "MIXLORA" if strategy.startswith("mixlora") else _ROUTED_FAMILIES.get(strategy, strategy)
 
 
-def _other_base(raw: RawConfig, base_name: str | None) -> tuple[str, ...]:
+def _other_base(raw: RawConfig, base_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
     named = text_or_none(raw, "base_model_name_or_path")
-    if not named or base_name is None or Path(named).name == Path(base_name).name:
+    names = (base_name,) if isinstance(base_name, str) else base_name
+    if not named or not names or Path(named).name in {Path(name).name for name in names}:
         return ()
-    return (f"base_model_name_or_path is {shown(named)}, but the served base is {shown(base_name)}",)
+    return (f"base_model_name_or_path is {shown(named)}, but the served base is {shown(names[0])}",)

@@ -10,6 +10,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from loraplex.server.errors import InvalidRequestError
 
+_PATH_STARTS = ("/", "./", "../", "~")
+"""What begins so is no hub id."""
+
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -28,6 +31,8 @@ def find_checkpoint(model: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if model.startswith(_PATH_STARTS):
+        raise CheckpointError(f"model {model!r}: no such folder", param="model")
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

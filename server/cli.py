@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version as version_of
+from typing import Annotated
 
 import typer
 
@@ -27,6 +28,22 @@ app.add_typer(adapters_app, name="adapters")
 def version() -> None:
     """Print the version."""
     typer.echo(f"loraplex {version_of('loraplex')}")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+]
+
+
+@app.callback()
+def _root(_version: Version = False) -> None:
+    pass
 
 
 def main() -> None:

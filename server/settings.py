@@ -308,6 +308,8 @@ def _explain(error: ValidationError) -> str:
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             message = f"no such setting; known are {', '.join(sorted(Settings.model_fields))}"
+        elif fault["type"] == "missing":
+            message = f"required. {Settings.model_fields[name].description}"
         elif fault["type"] in {"byte_size", "byte_size_unit"}:
             message = "Input should be a number of bytes, alone or with a unit as in 8GiB or 500MB"
         lines.append(f"{name}: {message}")

@@ -88,7 +88,7 @@ def build_tiers(
         shape=base,
         allow_bin=config.allow_bin,
         max_bytes=_FILE_TO_IMAGE * config.host_adapter_bytes,
-        base_name=config.model_name or config.model,
+        base_name=(config.model_name or config.model, config.model),
         dtype=shape.dtype,
         base_weights=base_weights,
         blueprints=Blueprints(),

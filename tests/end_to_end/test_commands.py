@@ -47,6 +47,12 @@ def test_adapters_are_loaded_listed_and_unloaded(here: dict[str, str], run_comma
     assert "'typed' does not exist" in again.stderr
 
 
+def test_the_version_is_told_by_a_command_and_by_a_flag() -> None:
+    told, flagged = (CliRunner().invoke(app, [asked]) for asked in ("version", "--version"))
+    assert told.stdout.startswith("loraplex ")
+    assert (flagged.exit_code, flagged.stdout) == (0, told.stdout)
+
+
 def test_folders_are_inspected(copy_adapter: Any) -> None:
     folder = copy_adapter("sort")
     inspected = CliRunner().invoke(app, ["adapters", "inspect", str(folder.path), "--json"])

@@ -57,8 +57,8 @@ def other_architecture(tmp_path: Path) -> Path:
 
 
 def test_no_model_and_a_model_that_is_not_there(fail: Any, tmp_path: Path) -> None:
-    assert "model" in fail()
-    assert str(tmp_path / "nothing") in fail(str(tmp_path / "nothing"))
+    assert "model: required. Folder of a Hugging Face checkpoint" in fail()
+    assert f"'{tmp_path / 'nothing'}': no such folder" in fail(str(tmp_path / "nothing"))
     assert "config.json" in fail(str(tmp_path))
 
 

@@ -225,12 +225,13 @@ def test_an_unknown_setting_is_a_warning(folder, base_shape, edit_config):
 @pytest.mark.parametrize("served", ["org/other-base", "/models/other-base"])
 def test_another_base_name_is_a_warning(served, folder, base_shape, edit_config):
     edit_config(folder, base_model_name_or_path="org/base")
+    assert read_adapter(folder, base_shape, base_name=(served, "/models/third")).warnings != ()
     (warning,) = read_adapter(folder, base_shape, base_name=served).warnings
     assert "org/base" in warning
     assert served in warning
 
 
-@pytest.mark.parametrize("served", ["org/base", "/models/base", None])
+@pytest.mark.parametrize("served", ["org/base", "/models/base", None, ("my-name-for-it", "/models/base")])
 def test_the_same_base_elsewhere_is_no_warning(served, folder, base_shape, edit_config):
     edit_config(folder, base_model_name_or_path="org/base")
     assert read_adapter(folder, base_shape, base_name=served).warnings == ()
