@@ -1,4 +1,4 @@
-"""The alerts' rules: what Prometheus' own tool says of them, and that each has its tests and its page of instructions."""
+"""The alerts' rules: what Prometheus' own tool says of them, and that each has its tests and instructions."""
 
 from __future__ import annotations
 
