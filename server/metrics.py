@@ -179,12 +179,8 @@ class ServerMetrics:
                 "free": stats.pages_free,
             },
         )
-        yield _gauge(
-            "loraplex_pool_reclaimable_pages",
-            "Pages that are free, or will be when they are wanted: idle adapters and cached prefixes are in them.",
-            stats.pages_reclaimable,
-        )
         yield _gauge("loraplex_pool_pinned_pages", "Pages of pinned adapters in the pool.", stats.pages_pinned)
+        yield _gauge("loraplex_pool_held_pages", "Pages that could not be had by eviction.", stats.pages_held)
         yield from tier_families(stats)
         yield _expert_tokens(stats.expert_tokens)
 

@@ -57,7 +57,7 @@ NOW = Row(
             "Share of the pools' pages that cannot be had for the asking: of running sequences, adapters in use and "
             "pinned adapters.",
             "percentunit",
-            f"1 - {share(total('pool_reclaimable_pages'), total('pool_capacity_pages'))}",
+            share(total("pool_held_pages"), total("pool_capacity_pages")),
             steps=((None, GREEN), (0.8, YELLOW), (0.95, RED)),
             most=1,
             decimals=1,

@@ -71,6 +71,7 @@ def test_the_engines_snapshot_is_shown(client: TestClient, engine: Any) -> None:
         pages_adapter=20,
         pages_free=30,
         pages_cached=4,
+        pages_held=25,
         host_bytes=1000,
         host_bytes_limit=2000,
         adapter_loads=6,
@@ -92,6 +93,7 @@ def test_the_engines_snapshot_is_shown(client: TestClient, engine: Any) -> None:
         4,
         30,
     ]
+    assert value(client, "loraplex_pool_held_pages") == 25
     assert value(client, "loraplex_tier_adapters", tier="host", kind="lora") == 8
     assert value(client, "loraplex_tier_bytes", tier="host", kind="dora") == 100
     assert value(client, "loraplex_tier_limit_bytes", tier="host") == 2000
