@@ -8,6 +8,7 @@ ROOMS := server memory kernels clients
 
 .PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
 .PHONY: bench-tiers bench-pool bench-cold soak-identity clean
+.PHONY: dashboards dashboards-check
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -35,6 +36,12 @@ format: $(STAMP)
 
 docs: $(STAMP)  ## pages that are made from code
 	$(BIN)/python -m loraplex.server.settings_table > docs/settings.md
+
+dashboards: $(STAMP)  ## Grafana's, from deploy/dashboards
+	$(BIN)/python deploy/dashboards/write.py
+
+dashboards-check: $(STAMP)  ## a demo server under load, a Prometheus that scrapes it, and every query of the dashboards
+	$(BIN)/python tests/deploy/dashboard_check.py $(ARGS)
 
 bench-peers: $(STAMP)  ## this engine beside transformers + PEFT; prints a record
 	$(BIN)/python tests/bench/bench_peers.py

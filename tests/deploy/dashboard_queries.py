@@ -25,6 +25,9 @@ DASHBOARDS = FILES / "dashboards"
 RULES = FILES / "rules" / "loraplex.yaml"
 OURS = re.compile(r"(?<![\w:])loraplex_\w+")
 VARIABLE = re.compile(r"label_values\((?P<series>.+), (?P<label>\w+)\)")
+SLACK_SECONDS = 30
+"""Shown before the load as well, which is of no harm, should it have ended a while ago."""
+
 MAY_BE_EMPTY = ("namespace",)
 """Variables whose label only clusters have."""
 
@@ -76,23 +79,23 @@ class Prometheus:
             raise ValueError(f"{body['errorType']}: {body['error']}")
         return body["data"]
 
-    def values(self, expr: str, seconds: int, *, instant: bool) -> list[float]:
-        """All numbers of the answer: those of now, or of each of the last seconds."""
-        now = time.time()
+    def values(self, expr: str, end: float, seconds: int, *, instant: bool) -> list[float]:
+        """All numbers of the answer: those at the end, or of each of the seconds before."""
         if instant:
-            return [float(series["value"][1]) for series in self.get("query", query=expr, time=now)["result"]]
-        data = self.get("query_range", query=expr, start=now - seconds, end=now, step=1)
+            return [float(series["value"][1]) for series in self.get("query", query=expr, time=end)["result"]]
+        data = self.get("query_range", query=expr, start=end - seconds, end=end, step=1)
         return [float(value) for series in data["result"] for _, value in series["values"]]
 
 
 def problems(url: str, seconds: int, folder: Path = DASHBOARDS, rules: Path = RULES) -> list[str]:
     """What is wrong with the answers, in words. Where nothing happened there may be NaN, but not everywhere."""
     prometheus = Prometheus(url)
+    end, shown = time.time(), seconds + SLACK_SECONDS
     found = []
     for target in targets(folder):
         where = f"{target.board} / {target.panel}: {target.expr}"
         try:
-            values = prometheus.values(substituted(target.expr, seconds), seconds, instant=target.instant)
+            values = prometheus.values(substituted(target.expr, shown), end, shown, instant=target.instant)
         except ValueError as error:
             found.append(f"{where}: {error}")
             continue
