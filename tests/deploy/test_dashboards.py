@@ -136,6 +136,7 @@ def test_promtool_can_parse_every_query(require_tool: Callable[[str], str], tmp_
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_every_query_has_an_answer_from_a_server_under_load(require_tool: Callable[[str], str]) -> None:
     require_tool("prometheus")
     script = Path(__file__).with_name("dashboard_check.py")

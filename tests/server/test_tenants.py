@@ -80,7 +80,7 @@ def test_requests_are_counted_by_how_they_end(guarded: TestClient, engine: Any) 
 
 
 def test_a_draining_server_fails_requests_for_their_tenants(guarded: TestClient) -> None:
-    guarded.app.state.edge.lifecycle.begin_drain()  # type: ignore[attr-defined]
+    guarded.app.state.edge.lifecycle.begin_drain()
     assert ask(guarded, "k-globex").status_code == 503
     assert counts(guarded, "requests_total") == {"globex/failed": 1}
 
