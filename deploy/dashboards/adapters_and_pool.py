@@ -85,7 +85,7 @@ POOL = Row(
         graph(
             "Preemptions",
             "Sequences put back each second because pages ran out; they are computed again.",
-            "short",
+            "cps",
             Query(rate("preemptions_total", by="instance"), "{{instance}}"),
         ),
         graph(
@@ -148,14 +148,14 @@ TIERS = Row(
         graph(
             "Lookups",
             "Adapters of sequences that came in, each second, by whether the tier had them.",
-            "short",
+            "cps",
             Query(rate(LOOKUPS, by="tier, result"), "{{tier}}, {{result}}"),
         ),
         graph(
             "Evictions",
             "Adapters that left a tier each second. room: for others; price: pinned, and yet for others; "
             "the rest: unloaded or replaced.",
-            "short",
+            "cps",
             Query(rate("adapter_evictions_total", by="tier, reason"), "{{tier}}, {{reason}}"),
         ),
     ),
@@ -167,7 +167,7 @@ MOVES = Row(
         graph(
             "Loads",
             "Adapters that came from one tier to another, each second.",
-            "short",
+            "cps",
             Query(rate(f"{LOADS}_count", by="source, target"), PATH),
         ),
         graph(
@@ -193,14 +193,14 @@ MOVES = Row(
         graph(
             "Paged in early",
             "Adapters paged into the pool, and those of them that came before a sequence needed them.",
-            "short",
+            "cps",
             Query(rate("adapter_loads_total"), "paged in"),
             Query(rate("adapter_prefetches_total"), "early"),
         ),
         graph(
             "Failed loads",
             "Adapters that could not be read, each second.",
-            "short",
+            "cps",
             Query(rate("adapter_load_failures_total", by="instance"), "{{instance}}"),
         ),
     ),
@@ -219,7 +219,7 @@ NAMES = Row(
         graph(
             "Experts",
             "Times that routers chose an expert, each second, for the ten chosen most. Needs expert_metrics.",
-            "short",
+            "cps",
             Query(f"topk(10, {rate('expert_tokens_total', by='adapter, expert')})", "{{adapter}}, {{expert}}"),
             width=12,
         ),

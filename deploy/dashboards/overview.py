@@ -43,7 +43,13 @@ NOW = Row(
             quantile(0.95, FIRST),
             steps=((None, GREEN), (1, YELLOW), (2.5, RED)),
         ),
-        stat("Tokens generated", "Each second, of all choices.", "short", rate("generation_tokens_total"), decimals=1),
+        stat(
+            "Tokens generated",
+            "Each second, of all choices.",
+            "suffix: tok/s",
+            rate("generation_tokens_total"),
+            decimals=1,
+        ),
         stat("Running", "Sequences in the batches.", "short", total("requests_running")),
         stat(
             "Waiting",
@@ -166,7 +172,7 @@ WORK = Row(
         graph(
             "Tokens",
             "Prompt tokens that came in, those of them that were found in the pool, and tokens that went out.",
-            "short",
+            "suffix: tok/s",
             Query(rate("prompt_tokens_total"), "prompt"),
             Query(rate("prefix_hit_tokens_total"), "prompt, found in the pool"),
             Query(rate("generation_tokens_total"), "generated"),
@@ -181,7 +187,7 @@ WORK = Row(
         graph(
             "Tokens by kind of request",
             "Tokens generated for requests with adapters and without.",
-            "short",
+            "suffix: tok/s",
             Query(rate("generation_tokens_total", by="kind"), "{{kind}}"),
             stacked=True,
         ),
@@ -195,13 +201,13 @@ WORK = Row(
         graph(
             "Steps",
             "Steps of the engines each second.",
-            "short",
+            "cps",
             Query(rate("steps_total", by="instance"), "{{instance}}"),
         ),
         graph(
             "Choices by how they ended",
             "stop: the model or a stop string ended it; length: max_tokens.",
-            "short",
+            "cps",
             Query(rate("choices_finished_total", by="reason"), "{{reason}}"),
             stacked=True,
         ),

@@ -50,7 +50,7 @@ NOW = Row(
         stat(
             "Tokens generated",
             "Each second.",
-            "short",
+            "suffix: tok/s",
             rate("tenant_generation_tokens_total", WHO),
             width=4,
             decimals=1,
@@ -78,14 +78,14 @@ DEMAND = Row(
         graph(
             "Prompt tokens",
             "Each second.",
-            "short",
+            "suffix: tok/s",
             Query(rate("tenant_prompt_tokens_total", WHO, by="tenant"), EACH),
             stacked=True,
         ),
         graph(
             "Tokens generated",
             "Each second.",
-            "short",
+            "suffix: tok/s",
             Query(rate("tenant_generation_tokens_total", WHO, by="tenant"), EACH),
             stacked=True,
         ),

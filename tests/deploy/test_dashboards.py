@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("overview", "adapters-and-pool", "tenants")
-UNITS = {"short", "s", "bytes", "percentunit", "reqps"}
+RATES = {"reqps", "cps", "suffix: tok/s"}
+UNITS = {"short", "s", "bytes", "percentunit", *RATES}
 
 
 def load_beside(name: str) -> ModuleType:
@@ -113,6 +114,15 @@ def test_counters_are_never_shown_as_they_are(board: Any) -> None:
         for target in panel["targets"]:
             for name in re.findall(r"(\w+\() *loraplex_\w+(?:_total|_count|_bucket)\{", target["expr"]):
                 assert name in {"rate(", "increase("}, target["expr"]
+
+
+def test_growth_each_second_has_a_unit_that_says_so(board: Any) -> None:
+    for panel in panels(board):
+        growths = {
+            "rate(" in target["expr"] and "histogram_quantile" not in target["expr"] and " / (" not in target["expr"]
+            for target in panel["targets"]
+        }
+        assert growths == {panel["fieldConfig"]["defaults"]["unit"] in RATES}, panel["title"]
 
 
 def test_variables_come_before_those_that_need_them(board: Any) -> None:
