@@ -8,7 +8,8 @@ ROOMS := server memory kernels clients
 IMAGE ?= loraplex:0.1.0
 
 .PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
-.PHONY: bench-tiers bench-pool bench-cold soak-identity docs-test image deploy-test clean
+.PHONY: bench-tiers bench-pool bench-cold soak-identity docs-test image deploy-test
+.PHONY: dashboards dashboards-check clean
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -38,6 +39,12 @@ docs: $(STAMP)  ## pages that are made from code
 	$(BIN)/python -m loraplex.server.settings_table > docs/settings.md
 	$(BIN)/python deploy/helm/values_schema.py schema > deploy/helm/loraplex/values.schema.json
 	$(BIN)/python deploy/helm/values_schema.py table > docs/helm-values.md
+
+dashboards: $(STAMP)  ## Grafana's, from deploy/dashboards
+	$(BIN)/python deploy/dashboards/write.py
+
+dashboards-check: $(STAMP)  ## a demo server under load, a Prometheus that scrapes it, and every query of the dashboards
+	$(BIN)/python tests/deploy/dashboard_check.py $(ARGS)
 
 bench-peers: $(STAMP)  ## this engine beside transformers + PEFT; prints a record
 	$(BIN)/python tests/bench/bench_peers.py

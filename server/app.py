@@ -27,6 +27,7 @@ from loraplex.server.routes_adapter_aliases import adapter_alias_routes
 from loraplex.server.routes_adapters import adapter_routes
 from loraplex.server.routes_health import health_routes
 from loraplex.server.routes_openai import openai_routes
+from loraplex.server.tenants import Tenants
 from loraplex.server.tokens import TextTokenizer
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -55,7 +56,8 @@ def create_app(
         watch: makes what follows the folder of adapters.
     """
     lifecycle = lifecycle or Lifecycle()
-    metrics = ServerMetrics(engine, registry, lifecycle, config.max_adapter_series)
+    tenants = Tenants(config.api_keys, config.tenant_keys)
+    metrics = ServerMetrics(engine, registry, lifecycle, config.max_adapter_series, tenants.names)
     keeper = RegistryKeeper(registry, state)
     admin = AdapterAdmin(engine, registry, SourceRules(config.adapter_roots, config.adapter_sources), keeper)
     uploads = AdapterUploads(admin, engine, registry, state, config.max_adapter_bytes)
@@ -90,5 +92,5 @@ def create_app(
     for routes in (openai_routes, adapter_routes, adapter_alias_routes, health_routes):
         app.include_router(routes(edge))
     install_error_handlers(app)
-    app.add_middleware(RequestMiddleware, config=config, lifecycle=lifecycle, metrics=metrics)
+    app.add_middleware(RequestMiddleware, config=config, tenants=tenants, lifecycle=lifecycle, metrics=metrics)
     return app

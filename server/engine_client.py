@@ -37,6 +37,11 @@ class EngineClient(Protocol):
     def state(self) -> EngineState: ...
 
     @property
+    def restarts(self) -> int:
+        """How often the engine was started again."""
+        ...
+
+    @property
     def adapters(self) -> AdapterView:
         """Where the registered adapters have come to."""
         ...

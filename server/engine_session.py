@@ -47,6 +47,7 @@ class EngineSession:
         self.adapters = AdapterView()
         self.stats = EngineStats()
         self.state: EngineState = "starting"
+        self.restarts = 0
         self.on_stats: list[StatsCallback] = []
 
     @property

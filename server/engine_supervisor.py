@@ -60,7 +60,6 @@ class ProcessEngine(EngineSession):
         self._reader: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._encoder = msgspec.msgpack.Encoder()
-        self.restarts = 0
 
     @property
     def pid(self) -> int | None:

@@ -14,6 +14,7 @@ from loraplex.server.generation_job import Job
 from loraplex.server.messages import Generate, TokenOutput
 from loraplex.server.metrics import ServerMetrics
 from loraplex.server.request_timing import RequestTiming
+from loraplex.server.tenant_metrics import TenantCounts
 from loraplex.server.tokens import TextTokenizer
 
 Numbered = tuple[int, TokenOutput]
@@ -26,7 +27,13 @@ class Generation:
     """
 
     def __init__(
-        self, job: Job, engine: EngineClient, tokenizer: TextTokenizer, metrics: ServerMetrics, timing: RequestTiming
+        self,
+        job: Job,
+        engine: EngineClient,
+        tokenizer: TextTokenizer,
+        metrics: ServerMetrics,
+        timing: RequestTiming,
+        tenant: TenantCounts,
     ) -> None:
         self.job = job
         self.timing = timing
@@ -35,6 +42,7 @@ class Generation:
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._tenant = tenant
         self._choices: dict[int, ChoiceText] = {}
         self._echoes: dict[int, PromptEcho] = {}
         self._num_finished = 0
@@ -64,6 +72,7 @@ class Generation:
         """
         outcome = "aborted"
         self._metrics.add_prompt_tokens(self.kind, self.job.prompt_tokens)
+        self._tenant.request_began(self.job.prompt_tokens)
         try:
             async with aclosing(self._outputs()) as outputs:
                 async for at, output in outputs:
@@ -76,6 +85,7 @@ class Generation:
             raise
         finally:
             self._metrics.request_ended(self.kind, outcome, self.timing.elapsed)
+            self._tenant.request_ended(self.cached_tokens, had_tokens=self.timing.first_token is not None)
 
     async def _outputs(self) -> AsyncGenerator[Numbered, None]:
         """The outputs of all commands, each with its command's number."""
@@ -141,7 +151,9 @@ class Generation:
             self.timing.queue_seconds = output.queue_seconds
             self.timing.adapter_load_seconds = output.adapter_load_seconds
             self._metrics.first_token(self.kind, self.timing.time_to_first_token, output.queue_seconds)
+            self._tenant.first_token_came(self.timing.time_to_first_token)
         self._metrics.tokens_came(self.kind, num_tokens, gap)
+        self._tenant.generated += num_tokens
 
     def _finish(self, reason: Finish, request_id: str, output: TokenOutput) -> None:
         self._num_finished += 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex.server.tenants import TenantKey
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpConfig:
@@ -12,7 +14,8 @@ class HttpConfig:
 
     Args:
         model_name: the name under which the base model is served.
-        api_keys: accepted bearer tokens; none means open to all.
+        api_keys: accepted bearer tokens without a name; no key at all means open to all.
+        tenant_keys: accepted bearer tokens with the name of their tenant.
         max_body_bytes: a larger request body is a 413.
         adapter_roots: folders below which ``lora_path`` must lie; none means any folder.
         adapter_sources: beginnings of addresses that adapters may be loaded from; none means no remote source.
@@ -31,6 +34,7 @@ class HttpConfig:
 
     model_name: str
     api_keys: frozenset[str] = frozenset()
+    tenant_keys: tuple[TenantKey, ...] = ()
     max_body_bytes: int = 32 * 1024 * 1024
     adapter_roots: tuple[Path, ...] = ()
     adapter_sources: tuple[str, ...] = ()

@@ -20,6 +20,8 @@ from loraplex.server.errors import ERRORS_BY_NAME
 from loraplex.server.histogram import Histogram
 from loraplex.server.lifecycle import Lifecycle
 from loraplex.server.messages import EngineStats
+from loraplex.server.tenant_metrics import TenantMetrics
+from loraplex.server.tenants import DEFAULT_TENANT
 from loraplex.server.tier_metrics import tier_families
 
 Labels = tuple[str, ...]
@@ -72,10 +74,15 @@ class _Times:
 
 
 class ServerMetrics:
-    """Collects for one app. ``registry`` is what ``/metrics`` writes out."""
+    """Collects for one app. ``registry`` is what ``/metrics`` writes out, ``tenants`` counts by tenant."""
 
     def __init__(
-        self, engine: EngineClient, adapters: AdapterRegistry, lifecycle: Lifecycle, max_adapter_series: int = 0
+        self,
+        engine: EngineClient,
+        adapters: AdapterRegistry,
+        lifecycle: Lifecycle,
+        max_adapter_series: int = 0,
+        tenants: Iterable[str] = (DEFAULT_TENANT,),
     ) -> None:
         self.registry = CollectorRegistry()
         self._engine = engine
@@ -83,8 +90,7 @@ class ServerMetrics:
         self._lifecycle = lifecycle
         self._series = AdapterSeries(engine, adapters, max_adapter_series)
         self._version = version("loraplex")
-        self._restarts = 0
-        self._steps_seen = 0
+        self.tenants = TenantMetrics(tenants)
         kind = ("kind",)
         self._http = _Counts("loraplex_http_requests", "Answered HTTP requests.", ("endpoint", "status"))
         self._errors = _Counts("loraplex_errors", "Requests that ended with an error.", ("type",), ERROR_TYPES)
@@ -133,10 +139,7 @@ class ServerMetrics:
         self._whole.observe(seconds, kind)
 
     def engine_stats(self, stats: EngineStats) -> None:
-        """A snapshot came. The engine counts from its start: if it counts less, it was started again."""
-        if stats.steps < self._steps_seen:
-            self._restarts += 1
-        self._steps_seen = stats.steps
+        """A snapshot came."""
         for load in stats.tier_loads:
             self._loads.observe(load.seconds, load.source, load.target)
         for seconds in stats.step_seconds:
@@ -150,6 +153,7 @@ class ServerMetrics:
             yield source.family()
         yield from self._engine_families(self._engine.stats)
         yield self._series.family()
+        yield from self.tenants.families()
         yield from self._state_families()
 
     def describe(self) -> Iterator[Metric]:
@@ -176,12 +180,13 @@ class ServerMetrics:
             },
         )
         yield _gauge("loraplex_pool_pinned_pages", "Pages of pinned adapters in the pool.", stats.pages_pinned)
+        yield _gauge("loraplex_pool_held_pages", "Pages that could not be had by eviction.", stats.pages_held)
         yield from tier_families(stats)
         yield _expert_tokens(stats.expert_tokens)
 
     def _state_families(self) -> Iterator[Metric]:
         restarts = CounterMetricFamily("loraplex_engine_restarts", "Times that the engine was started again.")
-        restarts.add_metric((), self._restarts)
+        restarts.add_metric((), self._engine.restarts)
         yield restarts
         ready = self._engine.state == "ready"
         yield _gauge("loraplex_engine_up", "Whether the engine is ready.", ready)

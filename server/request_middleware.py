@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,20 +18,23 @@ from loraplex.server.lifecycle import Lifecycle
 from loraplex.server.metrics import ServerMetrics
 from loraplex.server.request_trace import RequestTrace, new_trace
 from loraplex.server.request_uploads import is_upload
+from loraplex.server.tenant_metrics import CLIENT_GONE
+from loraplex.server.tenants import DEFAULT_TENANT, Tenants
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics", "/version", "/ping"})
-CLIENT_GONE = 499
 
 
 class RequestMiddleware:
     """Traces a request, lets it in or not, and sees that it ends with an answer."""
 
-    def __init__(self, app: ASGIApp, *, config: HttpConfig, lifecycle: Lifecycle, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, config: HttpConfig, tenants: Tenants, lifecycle: Lifecycle, metrics: ServerMetrics
+    ) -> None:
         self._app = app
         self._config = config
         self._lifecycle = lifecycle
         self._metrics = metrics
-        self._keys = [key.encode() for key in config.api_keys]
+        self._tenants = tenants
         self._log = structlog.get_logger()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,29 +49,38 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self._serve(scope, self._limited(scope, receive), send_traced)
+            await self._serve(scope, trace, self._limited(scope, receive), send_traced)
         except ClientDisconnect:
             trace.status = CLIENT_GONE
         except (Exception, asyncio.CancelledError) as error:
             await self._answer_failure(error, trace, scope, receive, send_traced)
         finally:
-            self._metrics.http_request(_endpoint(scope), trace.status or CLIENT_GONE, trace.error_type)
+            status = trace.status or CLIENT_GONE
+            self._metrics.http_request(_endpoint(scope), status, trace.error_type)
+            self._metrics.tenants.request_answered(trace.tenant, scope["path"], status, trace.error_type)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._keys and scope["path"] not in OPEN_PATHS:
-            self._check_key(Headers(scope=scope).get("authorization", ""))
-        with self._tracked(scope):
+    async def _serve(self, scope: Scope, trace: RequestTrace, receive: Receive, send: Send) -> None:
+        if scope["path"] not in OPEN_PATHS:
+            trace.tenant = self._tenant(Headers(scope=scope).get("authorization", ""))
+        with self._named_in_logs(trace.tenant), self._tracked(scope):
             await self._app(scope, receive, send)
 
     def _tracked(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
         return self._lifecycle.track() if scope["method"] == "POST" else contextlib.nullcontext()
 
-    def _check_key(self, header: str) -> None:
+    def _named_in_logs(self, tenant: str | None) -> contextlib.AbstractContextManager[object]:
+        if tenant is None or not self._tenants.asks_for_keys:
+            return contextlib.nullcontext()
+        return structlog.contextvars.bound_contextvars(tenant=tenant)
+
+    def _tenant(self, header: str) -> str:
+        if not self._tenants.asks_for_keys:
+            return DEFAULT_TENANT
         scheme, _, token = header.partition(" ")
-        given = token.strip().encode()
-        known = [hmac.compare_digest(given, key) for key in self._keys]
-        if scheme.lower() != "bearer" or not any(known):
+        tenant = self._tenants.of_key(token.strip())
+        if scheme.lower() != "bearer" or tenant is None:
             raise AuthenticationError("A known API key is needed, sent as 'Authorization: Bearer KEY'.")
+        return tenant
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """``receive``, which refuses to go on once the body is too large. Uploads are limited where they are read."""
@@ -109,7 +120,7 @@ class RequestMiddleware:
                 raise error
             _uncancel()
         elif not isinstance(error, LoraplexError):
-            fields = {"request_id": trace.request_id, "path": scope["path"]}
+            fields = {"request_id": trace.request_id, "tenant": trace.tenant, "path": scope["path"]}
             self._log.error("request_failed", **fields, exception=traceback_of(error))
         public = public_error(error)
         trace.error_type = public.type

@@ -16,12 +16,13 @@ ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 @dataclass(slots=True)
 class RequestTrace:
-    """One request. ``error_type`` is set by whoever answers it with an error."""
+    """One request. ``error_type`` is set by whoever answers it with an error, ``tenant`` once its key is known."""
 
     request_id: str
     started: float = field(default_factory=time.monotonic)
     error_type: str | None = None
     status: int | None = None
+    tenant: str | None = None
 
     @property
     def elapsed(self) -> float:

@@ -28,6 +28,7 @@ from loraplex.server.request_timing import RequestTiming
 from loraplex.server.request_trace import RequestTrace, trace_of
 from loraplex.server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from loraplex.server.sse import EventStream, until_disconnect
+from loraplex.server.tenants import DEFAULT_TENANT
 
 IGNORED_HEADER = "x-loraplex-ignored-params"
 Limit = Annotated[int | None, Query(ge=1)]
@@ -121,7 +122,8 @@ class Answers:
     ) -> Response:
         edge, trace = self._edge, trace_of(request.scope)
         timing = RequestTiming(started=trace.started)
-        generation = Generation(job, edge.engine, edge.tokenizer, edge.metrics, timing)
+        tenant = edge.metrics.tenants[trace.tenant or DEFAULT_TENANT]
+        generation = Generation(job, edge.engine, edge.tokenizer, edge.metrics, timing, tenant)
         head = head_of(body, answer_id, edge.config.model_name, admitted.target)
         headers = self._headers(admitted.ignored, trace)
         if not body.stream:

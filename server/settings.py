@@ -32,6 +32,7 @@ from loraplex.server.engine_config import (
 )
 from loraplex.server.errors import InvalidRequestError
 from loraplex.server.http_config import HttpConfig
+from loraplex.server.tenants import parse_tenant_keys
 
 PREFIX = "LORAPLEX_"
 CLIENT_VARIABLES = frozenset({"LORAPLEX_URL", "LORAPLEX_API_KEY"})
@@ -154,6 +155,11 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Accepted bearer tokens, separated by commas; none means open to all."
     )
+    tenant_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        description="Accepted bearer tokens with the tenant that the metrics and the log name, as NAME:KEY; a tenant "
+        "may have several. Keys of `api_keys`, and everybody where there are no keys, are the tenant `default`.",
+    )
     max_body_bytes: ByteSize = Field(ByteSize(32 << 20), gt=0, description="Largest request body.")
     stream_interval: int = Field(1, ge=1, description="Tokens per streamed event.")
     strict_requests: bool = Field(
@@ -175,7 +181,7 @@ class Settings(BaseSettings):
     log_level: LogLevel = Field("info", description="Least severe messages to log.")
     log_format: LogFormat = Field("console", description="json writes one object a line.")
 
-    @field_validator("adapter", "adapter_roots", "adapter_sources", "api_keys", mode="before")
+    @field_validator("adapter", "adapter_roots", "adapter_sources", "api_keys", "tenant_keys", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
@@ -197,6 +203,19 @@ class Settings(BaseSettings):
         except AdapterFileError as error:
             raise ValueError(error.message.removeprefix("adapter_sources: ")) from error
         return value
+
+    @field_validator("tenant_keys")
+    @classmethod
+    def _check_tenant_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        parse_tenant_keys([entry.get_secret_value() for entry in value])
+        return value
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        config = self.http_config()
+        if any(one.key in config.api_keys for one in config.tenant_keys):
+            raise PydanticCustomError("keys", "a key must not be in 'api_keys' and in 'tenant_keys'")
+        return self
 
     @model_validator(mode="after")
     def _check_watch(self) -> Self:
@@ -226,6 +245,7 @@ class Settings(BaseSettings):
         return HttpConfig(
             model_name=self.model_name,
             api_keys=frozenset(key.get_secret_value() for key in self.api_keys),
+            tenant_keys=parse_tenant_keys([entry.get_secret_value() for entry in self.tenant_keys]),
             max_body_bytes=int(self.max_body_bytes),
             adapter_roots=tuple(root.resolve() for root in self.adapter_roots),
             adapter_sources=self.adapter_sources,

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from loraplex.server.messages import AdapterTier, EngineStats, TierCount, TierUse
 
 TIERS: tuple[AdapterTier, ...] = ("pool", "host")
+EVICTIONS = (("pool", "room"), ("pool", "price"), ("pool", "dropped"), ("host", "room"))
 LOOKUPS = tuple((tier, result) for tier in TIERS for result in ("hit", "miss"))
 
 
@@ -37,7 +38,7 @@ def tier_families(stats: EngineStats) -> Iterator[Metric]:
         stats.lookups,
         LOOKUPS,
     )
-    yield _counts("loraplex_adapter_evictions", "Adapters that left a tier.", "reason", stats.evictions, ())
+    yield _counts("loraplex_adapter_evictions", "Adapters that left a tier.", "reason", stats.evictions, EVICTIONS)
 
 
 def _counts(

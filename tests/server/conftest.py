@@ -101,6 +101,7 @@ class FakeEngine:
     tokenizer: TextTokenizer
     script: Script = field(default_factory=Script)
     state: EngineState = "ready"
+    restarts: int = 0
     stats: EngineStats = field(default_factory=EngineStats)
     on_stats: list[StatsCallback] = field(default_factory=list)
     max_model_len: int = 256
