@@ -55,7 +55,7 @@ def create_app(
         watch: makes what follows the folder of adapters.
     """
     lifecycle = lifecycle or Lifecycle()
-    metrics = ServerMetrics(engine, registry, lifecycle, config.max_adapter_series)
+    metrics = ServerMetrics(engine, registry, lifecycle, config.max_adapter_series, config.metrics_compat)
     keeper = RegistryKeeper(registry, state)
     admin = AdapterAdmin(engine, registry, SourceRules(config.adapter_roots, config.adapter_sources), keeper)
     uploads = AdapterUploads(admin, engine, registry, state, config.max_adapter_bytes)
@@ -87,7 +87,7 @@ def create_app(
 
     app = FastAPI(title="Loraplex", version=version("loraplex"), lifespan=running, redirect_slashes=False)
     app.state.edge = edge
-    for routes in (openai_routes, adapter_routes, adapter_alias_routes, health_routes):
+    for routes in (openai_routes, health_routes, adapter_routes, adapter_alias_routes):
         app.include_router(routes(edge))
     install_error_handlers(app)
     app.add_middleware(RequestMiddleware, config=config, lifecycle=lifecycle, metrics=metrics)

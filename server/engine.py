@@ -308,6 +308,7 @@ class Engine:
             pages_free=parts.pool.num_free,
             pages_cached=parts.kv.prefixes.num_idle_pages,
             pages_pinned=parts.adapters.kept_pages,
+            pages_held=parts.pool.num_pages - parts.pool.num_reachable,
             host_bytes=store.host_bytes,
             host_bytes_limit=store.byte_limit,
             adapters_resident=len(parts.adapters.resident),

@@ -315,6 +315,7 @@ class EngineStats(Message, frozen=True, kw_only=True):
     Counters are totals since the engine started. ``tier_loads`` are the loads since the last snapshot, ``step_seconds``
     likewise the steps. ``tiers`` is what adapters take now; ``lookups`` and ``evictions`` count by tier.
     ``pages_cached`` hold prefixes that no sequence uses; ``pages_kv`` and ``pages_free`` are without them.
+    ``pages_held`` could not be had by eviction: those in use, and those of pinned adapters.
     ``expert_tokens`` has, for the adapters with the most routed tokens, by name, how often each expert was chosen;
     empty unless it is asked for.
     """
@@ -327,6 +328,7 @@ class EngineStats(Message, frozen=True, kw_only=True):
     pages_free: int = 0
     pages_cached: int = 0
     pages_pinned: int = 0
+    pages_held: int = 0
     host_bytes: int = 0
     host_bytes_limit: int = 0
     adapters_resident: int = 0
