@@ -40,7 +40,7 @@ class AdapterSeries:
         self._here: dict[str, OrderedDict[tuple[str, int], None]] = {tier: OrderedDict() for tier in TIERS}
         self._seen = (-1, -1)
         self._held: tuple[HeldAdapter, ...] = ()
-        self._shown = self._held, _family_of(self._held)
+        self._shown: tuple[tuple[HeldAdapter, ...], Rows] = (self._held, _family_of(self._held))
         engine.adapters.on_states.append(self._note)
 
     def _note(self, states: Sequence[AdapterState]) -> None:

@@ -19,6 +19,7 @@ from loraplex.server.generation_job import JobMaker
 from loraplex.server.http_config import HttpConfig
 from loraplex.server.http_errors import install_error_handlers
 from loraplex.server.lifecycle import Lifecycle
+from loraplex.server.load_report import LoadReport
 from loraplex.server.metrics import ServerMetrics
 from loraplex.server.registry_file import RegistryFile
 from loraplex.server.registry_keeper import RegistryKeeper
@@ -90,5 +91,6 @@ def create_app(
     for routes in (openai_routes, health_routes, adapter_routes, adapter_alias_routes):
         app.include_router(routes(edge))
     install_error_handlers(app)
+    app.add_middleware(LoadReport, engine=engine)
     app.add_middleware(RequestMiddleware, config=config, lifecycle=lifecycle, metrics=metrics)
     return app

@@ -1,7 +1,7 @@
 """Families of metrics that know their own text: what routers scrape every 50 ms must cost next to nothing.
 
-The text is what prometheus_client would write, to the byte; its writer makes a dictionary and sorts it for each sample.
-Its other formats (OpenMetrics, escaped names) are left to it: for these a family looks like one of its own.
+The text means what prometheus_client's would, whose writer makes a dictionary and sorts it for each sample. Its other
+formats (OpenMetrics, escaped names) are left to it: for these a family looks like one of its own.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class LiveTimes(Family):
 
     def __init__(self, name: str, documentation: str, labels: Sequence[str] = ()) -> None:
         super().__init__(name, documentation, "histogram", labels)
-        self._lines: dict[Labels, list[str]] = {}
+        self._forms: dict[Labels, str] = {}
         self._parts: dict[Labels, tuple[int, str]] = {}
 
     def values(self) -> Iterable[tuple[Labels, Distribution]]:
@@ -160,19 +160,19 @@ class LiveTimes(Family):
         if known is not None and known[0] == count:
             return known[1]
         buckets = one.buckets()
-        values = [*(value for _, value in buckets), count, one.sum]
-        prefixes = self._prefixes_of(labels, buckets)
-        text = "".join([f"{prefix}{_number(value)}\n" for prefix, value in zip(prefixes, values, strict=True)])
+        text = self._form_of(labels, buckets) % (*(value for _, value in buckets), count, _number(one.sum))
         self._parts[labels] = count, text
         return text
 
-    def _prefixes_of(self, labels: Labels, buckets: Sequence[tuple[str, float]]) -> list[str]:
-        prefixes = self._lines.get(labels)
-        if prefixes is None:
+    def _form_of(self, labels: Labels, buckets: Sequence[tuple[str, float]]) -> str:
+        """The lines with places for their values, which are filled in one go."""
+        form = self._forms.get(labels)
+        if form is None:
             prefixes = [self._prefix("_bucket", labels, le=bound) for bound, _ in buckets]
-            prefixes += [self._prefix("_count", labels), self._prefix("_sum", labels)]
-            self._lines[labels] = prefixes
-        return prefixes
+            counts = [*prefixes, self._prefix("_count", labels)]
+            lines = [*(f"{_literal(prefix)}%d" for prefix in counts), f"{_literal(self._prefix('_sum', labels))}%s\n"]
+            form = self._forms[labels] = "\n".join(lines)
+        return form
 
 
 class FamilyTexts:
@@ -207,12 +207,14 @@ class _Alone:
 
 
 def _number(value: float) -> str:
-    """As Prometheus has it: small whole numbers, which most are, without a detour."""
-    return f"{value}.0" if value.__class__ is int and -1 < value < 1_000_000 else str(floatToGoString(value))
+    return str(value) if value.__class__ is int else str(floatToGoString(value))
+
+
+def _literal(text: str) -> str:
+    return text.replace("%", "%%")
 
 
 def _escape(value: str) -> str:
     if "\\" in value or "\n" in value or '"' in value:
         return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
     return value
-

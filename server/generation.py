@@ -14,6 +14,7 @@ from loraplex.server.generation_job import Job
 from loraplex.server.messages import Generate, TokenOutput
 from loraplex.server.metrics import ServerMetrics
 from loraplex.server.request_timing import RequestTiming
+from loraplex.server.slo_hints import NO_HINTS, SloHints
 from loraplex.server.tokens import TextTokenizer
 
 Numbered = tuple[int, TokenOutput]
@@ -26,10 +27,17 @@ class Generation:
     """
 
     def __init__(
-        self, job: Job, engine: EngineClient, tokenizer: TextTokenizer, metrics: ServerMetrics, timing: RequestTiming
+        self,
+        job: Job,
+        engine: EngineClient,
+        tokenizer: TextTokenizer,
+        metrics: ServerMetrics,
+        timing: RequestTiming,
+        hints: SloHints = NO_HINTS,
     ) -> None:
         self.job = job
         self.timing = timing
+        self.hints = hints
         self.completion_tokens = 0
         self.cached_tokens = 0
         self._engine = engine
@@ -76,6 +84,7 @@ class Generation:
             raise
         finally:
             self._metrics.request_ended(self.kind, outcome, self.timing.elapsed)
+            self._metrics.slo.count(self.hints, self.timing, outcome)
 
     async def _outputs(self) -> AsyncGenerator[Numbered, None]:
         """The outputs of all commands, each with its command's number."""

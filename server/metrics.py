@@ -22,6 +22,7 @@ from loraplex.server.histogram import Histogram
 from loraplex.server.http_config import MetricsCompat
 from loraplex.server.lifecycle import Lifecycle
 from loraplex.server.messages import EngineStats
+from loraplex.server.slo_hints import SloCounts
 from loraplex.server.tier_metrics import tier_families
 from loraplex.server.vllm_metrics import Counts, Times, VllmMetrics
 
@@ -69,7 +70,7 @@ class _Times(LiveTimes):
 
 
 class ServerMetrics:
-    """Collects for one app. ``registry`` is what ``/metrics`` writes out."""
+    """Collects for one app. ``registry`` is what ``/metrics`` writes out; ``slo`` counts hopes of clients."""
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class ServerMetrics:
             "loraplex_adapter_load_seconds", "Bringing an adapter from a tier to another.", ("source", "target"), LOADS
         )
         self._step_times = _Times("loraplex_step_seconds", "Steps of the engine.", (), [()])
+        self.slo = SloCounts()
         self._vllm = self._vllm_metrics(adapters.base_name) if compat == "vllm" else None
         self.registry.register(self)
         engine.on_stats.append(self.engine_stats)
@@ -153,6 +155,7 @@ class ServerMetrics:
         yield from self._engine_families(self._engine.stats)
         yield self._series.family()
         yield from self._state_families()
+        yield self.slo
         if self._vllm is not None:
             yield from self._vllm.families()
 

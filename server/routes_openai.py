@@ -27,6 +27,7 @@ from loraplex.server.request_body import body_schema, read_body
 from loraplex.server.request_timing import RequestTiming
 from loraplex.server.request_trace import RequestTrace, trace_of
 from loraplex.server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from loraplex.server.slo_hints import slo_hints
 from loraplex.server.sse import EventStream, until_disconnect
 
 IGNORED_HEADER = "x-loraplex-ignored-params"
@@ -121,7 +122,8 @@ class Answers:
     ) -> Response:
         edge, trace = self._edge, trace_of(request.scope)
         timing = RequestTiming(started=trace.started)
-        generation = Generation(job, edge.engine, edge.tokenizer, edge.metrics, timing)
+        hints = slo_hints(request.headers)
+        generation = Generation(job, edge.engine, edge.tokenizer, edge.metrics, timing, hints)
         head = head_of(body, answer_id, edge.config.model_name, admitted.target)
         headers = self._headers(admitted.ignored, trace)
         if not body.stream:

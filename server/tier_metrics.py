@@ -39,9 +39,7 @@ def tier_families(stats: EngineStats) -> Iterator[Rows]:
     yield _counts("loraplex_adapter_evictions", "Adapters that left a tier.", "reason", stats.evictions, ())
 
 
-def _counts(
-    name: str, text: str, label: str, counts: Iterable[TierCount], known: Iterable[tuple[str, str]]
-) -> Rows:
+def _counts(name: str, text: str, label: str, counts: Iterable[TierCount], known: Iterable[tuple[str, str]]) -> Rows:
     """A counter by tier and something else; the known ones are there from the start."""
     values = dict.fromkeys(known, 0) | {(count.tier, count.what): count.count for count in counts}
     family = Rows(name, text, "counter", ("tier", label))
