@@ -39,8 +39,7 @@ def health_routes(edge: Edge) -> APIRouter:
     async def get_version() -> Response:
         return _json(version_body)
 
-    # A plain route: what FastAPI does for an endpoint would take as long as the page.
-    @router.route("/metrics", methods=["GET"])
+    @router.get("/metrics")
     async def metrics(request: Request) -> Response:
         accept = request.headers.get("accept", ""), request.headers.get("accept-encoding", "")
         body, headers = page.answer(*accept)
