@@ -165,10 +165,7 @@ def test_under_ten_thousand_adapters_with_hostile_names_pages_stay_small(
     names = [f'"}} 1 {number} é%d{{x="' + "n" * 200 for number in range(10_000)]
     registry.register_all(AdapterRef(name=name, path=f"/many/{at}") for at, name in enumerate(names))
     engine.adapters.update(
-        [
-            AdapterState(path=f"/many/{at}", revision=0, tier="pool" if at % 2 else "host")
-            for at in range(len(names))
-        ]
+        [AdapterState(path=f"/many/{at}", revision=0, tier="pool" if at % 2 else "host") for at in range(len(names))]
     )
     engine.open = [AdapterRef(name=names[at], path=f"/many/{at}") for at in range(0, 10_000, 2)]
     families = scrape(client)
