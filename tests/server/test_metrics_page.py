@@ -1,4 +1,4 @@
-"""Scrapes share pages, so that many of them cost no more than a share of the loop, and none of them is stale for long."""
+"""Scrapes share pages: many of them cost no more than a share of the loop, and none is stale for long."""
 
 from __future__ import annotations
 
