@@ -7,7 +7,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 ROOMS := server memory kernels clients
 
 .PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
-.PHONY: bench-tiers bench-pool bench-cold soak-identity clean
+.PHONY: bench-tiers bench-pool bench-cold bench-metrics soak-identity clean
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -60,6 +60,9 @@ bench-pool: $(STAMP)  ## cost of pages by the size of the pool, and what a simul
 
 bench-cold: $(STAMP)  ## loads from disk and from host memory beside plain reads and copies; prints a record
 	$(BIN)/python tests/bench/bench_cold_load.py $(ARGS)
+
+bench-metrics: $(STAMP)  ## CPU time of a scrape of /metrics; prints a record
+	$(BIN)/python tests/bench/bench_metrics.py $(ARGS)
 
 soak-identity: $(STAMP)  ## ten million operations in which nothing may be found under another identity
 	$(BIN)/python tests/bench/soak_identity.py $(ARGS)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from starlette.testclient import TestClient
 
 from loraplex.server.exposition import gauge
+from loraplex.server.messages import AdapterRef, AdapterState, EngineStats
 from loraplex.server.metrics_page import LONGEST_SECONDS, MAX_FORMATS, MetricsPage
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -114,3 +117,24 @@ def test_the_server_shares_pages_between_scrapes(make_client: Any) -> None:
 def test_a_page_names_the_endpoint_in_the_counter_of_requests(client: TestClient) -> None:
     client.get("/metrics")
     assert 'loraplex_http_requests_total{endpoint="/metrics",status="200"} 1' in client.get("/metrics").text
+
+
+def test_writing_costs_a_fraction_of_what_the_librarys_writer_costs(
+    make_client: Any, engine: Any, registry: Any
+) -> None:
+    metrics = make_client(metrics_compat="vllm").app.state.edge.metrics
+    registry.register_all(AdapterRef(name=f"a{at}", path=f"/many/{at}") for at in range(100))
+    engine.adapters.update([AdapterState(path=f"/many/{at}", revision=0, tier="pool") for at in range(100)])
+    page = MetricsPage(metrics.registry, metrics.collect, share=math.inf)
+
+    def seconds(write: Callable[[], object]) -> float:
+        times = []
+        for _ in range(8):
+            metrics.tokens_came("base", 1, 0.01)
+            engine.stats = EngineStats(running=1)
+            started = time.process_time()
+            write()
+            times.append(time.process_time() - started)
+        return min(times)
+
+    assert seconds(lambda: page.answer("", "gzip")) < seconds(lambda: generate_latest(metrics.registry)) / 3
