@@ -56,7 +56,7 @@ def create_app(
         watch: makes what follows the folder of adapters.
     """
     lifecycle = lifecycle or Lifecycle()
-    metrics = ServerMetrics(engine, registry, lifecycle, config.max_adapter_series, config.metrics_compat)
+    metrics = ServerMetrics(engine, registry, lifecycle, config.max_adapter_series, compat=config.metrics_compat)
     keeper = RegistryKeeper(registry, state)
     admin = AdapterAdmin(engine, registry, SourceRules(config.adapter_roots, config.adapter_sources), keeper)
     uploads = AdapterUploads(admin, engine, registry, state, config.max_adapter_bytes)

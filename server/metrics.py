@@ -78,6 +78,7 @@ class ServerMetrics:
         adapters: AdapterRegistry,
         lifecycle: Lifecycle,
         max_adapter_series: int = 0,
+        *,
         compat: MetricsCompat = "none",
     ) -> None:
         self.registry = CollectorRegistry()

@@ -65,7 +65,7 @@ class Load:
         registry = AdapterRegistry("base")
         registry.register_all(AdapterRef(name=f"adapter-{at}", path=f"/a/{at}") for at in range(REGISTERED))
         engine: Any = self.engine
-        self.metrics = ServerMetrics(engine, registry, Lifecycle(), 100, compat)
+        self.metrics = ServerMetrics(engine, registry, Lifecycle(), 100, compat=compat)
         info = AdapterInfo(identity="", kind="lora", rank=8, targets=[], bytes=1, pages=1)
         self.engine.adapters.update(
             [
