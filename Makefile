@@ -9,7 +9,7 @@ IMAGE ?= loraplex:0.1.0
 
 .PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
 .PHONY: bench-tiers bench-pool bench-cold soak-identity docs-test image deploy-test
-.PHONY: dashboards dashboards-check clean
+.PHONY: bench-metrics dashboards dashboards-check clean
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -70,6 +70,9 @@ bench-pool: $(STAMP)  ## cost of pages by the size of the pool, and what a simul
 
 bench-cold: $(STAMP)  ## loads from disk and from host memory beside plain reads and copies; prints a record
 	$(BIN)/python tests/bench/bench_cold_load.py $(ARGS)
+
+bench-metrics: $(STAMP)  ## CPU time of a scrape of /metrics; prints a record
+	$(BIN)/python tests/bench/bench_metrics.py $(ARGS)
 
 soak-identity: $(STAMP)  ## ten million operations in which nothing may be found under another identity
 	$(BIN)/python tests/bench/soak_identity.py $(ARGS)

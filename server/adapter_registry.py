@@ -51,9 +51,13 @@ class AdapterRegistry:
 
     Args:
         base_name: the name of the base model.
+
+    Attributes:
+        version: changes with any registration.
     """
 
     base_name: str
+    version: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
     _adapters: dict[str, RegisteredAdapter] = field(default_factory=dict)
     _sorted: list[str] = field(default_factory=list)
@@ -101,6 +105,7 @@ class AdapterRegistry:
         """Forgets a name; returns what it stood for."""
         found = self._adapters.pop(name, None)
         if found is not None:
+            self.version += 1
             del self._sorted[bisect.bisect_left(self._sorted, name)]
             self._names.pop((found.ref.path, found.ref.revision), None)
         return found
@@ -203,6 +208,7 @@ class AdapterRegistry:
 
     def _put(self, adapter: RegisteredAdapter) -> RegisteredAdapter:
         ref = adapter.ref
+        self.version += 1
         known = self._adapters.get(ref.name)
         if known is None:
             bisect.insort(self._sorted, ref.name)

@@ -20,10 +20,12 @@ class AdapterView:
 
     Attributes:
         on_states: called with every news of the engine.
+        version: changes with any state.
     """
 
     def __init__(self) -> None:
         self.on_states: list[StatesCallback] = []
+        self.version = 0
         self._states: dict[tuple[str, int], AdapterState] = {}
 
     def __len__(self) -> int:
@@ -31,6 +33,7 @@ class AdapterView:
 
     def update(self, states: Sequence[AdapterState]) -> None:
         """News came. Merges of adapters are made for requests and have no registration: they are passed over."""
+        self.version += 1
         for state in states:
             if not state.path.startswith(PREFIX):
                 self._states[state.path, state.revision] = state
@@ -48,10 +51,12 @@ class AdapterView:
 
     def forget(self, ref: AdapterRef) -> None:
         """A registration is no more."""
+        self.version += 1
         self._states.pop((ref.path, ref.revision), None)
 
     def clear(self) -> None:
         """Another engine has started, which has read nothing yet."""
+        self.version += 1
         self._states.clear()
 
 

@@ -19,6 +19,7 @@ from loraplex.server.generation_job import JobMaker
 from loraplex.server.http_config import HttpConfig
 from loraplex.server.http_errors import install_error_handlers
 from loraplex.server.lifecycle import Lifecycle
+from loraplex.server.load_report import LoadReport
 from loraplex.server.metrics import ServerMetrics
 from loraplex.server.registry_file import RegistryFile
 from loraplex.server.registry_keeper import RegistryKeeper
@@ -57,7 +58,9 @@ def create_app(
     """
     lifecycle = lifecycle or Lifecycle()
     tenants = Tenants(config.api_keys, config.tenant_keys)
-    metrics = ServerMetrics(engine, registry, lifecycle, config.max_adapter_series, tenants.names)
+    metrics = ServerMetrics(
+        engine, registry, lifecycle, config.max_adapter_series, tenants.names, compat=config.metrics_compat
+    )
     keeper = RegistryKeeper(registry, state)
     admin = AdapterAdmin(engine, registry, SourceRules(config.adapter_roots, config.adapter_sources), keeper)
     uploads = AdapterUploads(admin, engine, registry, state, config.max_adapter_bytes)
@@ -89,8 +92,9 @@ def create_app(
 
     app = FastAPI(title="Loraplex", version=version("loraplex"), lifespan=running, redirect_slashes=False)
     app.state.edge = edge
-    for routes in (openai_routes, adapter_routes, adapter_alias_routes, health_routes):
+    for routes in (openai_routes, health_routes, adapter_routes, adapter_alias_routes):
         app.include_router(routes(edge))
     install_error_handlers(app)
+    app.add_middleware(LoadReport, engine=engine)
     app.add_middleware(RequestMiddleware, config=config, tenants=tenants, lifecycle=lifecycle, metrics=metrics)
     return app

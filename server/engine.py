@@ -123,7 +123,7 @@ class Engine:
         stats_interval: seconds between two snapshots of the statistics.
     """
 
-    def __init__(self, parts: EngineParts, stats_interval: float = 0.25) -> None:
+    def __init__(self, parts: EngineParts, stats_interval: float = 0.1) -> None:
         self._parts = parts
         self._events: list[Event] = []
         self._failed: list[RequestFailed] = []

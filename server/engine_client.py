@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from typing import Literal, Protocol
 
 from loraplex.server.adapter_view import AdapterView
@@ -69,6 +69,11 @@ class EngineClient(Protocol):
 
     def running(self, ref: AdapterRef) -> int:
         """Open requests of a registration, those that wait for it among them."""
+        ...
+
+    @property
+    def wanted(self) -> Collection[tuple[str, int]]:
+        """Path and revision of the adapters that open requests ask for, those asked for longest first."""
         ...
 
     def restore_from(self, restore: Restore) -> None:

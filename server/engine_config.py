@@ -45,7 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_pinned_fraction: float = 0.5
     prefetch: bool = True
     expert_metrics: int = 0
-    stats_interval: float = 0.25
+    stats_interval: float = 0.1
 
 
 class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):

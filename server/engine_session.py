@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 
 from loraplex.server.adapter_view import AdapterView
 from loraplex.server.engine_client import EngineState, Restore, StatsCallback, TargetTier
@@ -113,6 +113,11 @@ class EngineSession:
     def running(self, ref: AdapterRef) -> int:
         """See ``EngineClient``."""
         return self._requests.running[ref.path, ref.revision]
+
+    @property
+    def wanted(self) -> Collection[tuple[str, int]]:
+        """See ``EngineClient``."""
+        return self._requests.running.keys()
 
     async def load_adapter(self, ref: AdapterRef) -> AdapterInfo:
         """See ``EngineClient``."""

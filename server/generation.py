@@ -14,6 +14,7 @@ from loraplex.server.generation_job import Job
 from loraplex.server.messages import Generate, TokenOutput
 from loraplex.server.metrics import ServerMetrics
 from loraplex.server.request_timing import RequestTiming
+from loraplex.server.slo_hints import NO_HINTS, SloHints
 from loraplex.server.tenant_metrics import TenantCounts
 from loraplex.server.tokens import TextTokenizer
 
@@ -34,9 +35,11 @@ class Generation:
         metrics: ServerMetrics,
         timing: RequestTiming,
         tenant: TenantCounts,
+        hints: SloHints = NO_HINTS,
     ) -> None:
         self.job = job
         self.timing = timing
+        self.hints = hints
         self.completion_tokens = 0
         self.cached_tokens = 0
         self._engine = engine
@@ -86,6 +89,7 @@ class Generation:
         finally:
             self._metrics.request_ended(self.kind, outcome, self.timing.elapsed)
             self._tenant.request_ended(self.cached_tokens, had_tokens=self.timing.first_token is not None)
+            self._metrics.slo.count(self.hints, self.timing, outcome)
 
     async def _outputs(self) -> AsyncGenerator[Numbered, None]:
         """The outputs of all commands, each with its command's number."""

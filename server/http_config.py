@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from loraplex.server.tenants import TenantKey
+
+MetricsCompat = Literal["none", "vllm"]
+"""Whose names the metrics have beside their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,9 @@ class HttpConfig:
         max_mix_adapters: the most adapters in one weighted list.
         max_routing_tokens: the most tokens whose routes one answer tells.
         max_adapter_series: the most adapters that the metrics tell of by name.
+        metrics_compat: whose names the metrics have beside their own.
+        metrics_share: the most of the event loop's time that writing metrics may take; scrapes in between are given
+            the last page.
         ping_seconds: a stream that was silent for so long gets a comment.
     """
 
@@ -48,4 +55,6 @@ class HttpConfig:
     max_mix_adapters: int = 8
     max_routing_tokens: int = 4096
     max_adapter_series: int = 100
+    metrics_compat: MetricsCompat = "none"
+    metrics_share: float = 0.05
     ping_seconds: float = 15.0

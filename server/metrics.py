@@ -11,18 +11,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import Metric
 
 from loraplex.server.adapter_registry import AdapterRegistry
 from loraplex.server.adapter_series import AdapterSeries
 from loraplex.server.engine_client import EngineClient
 from loraplex.server.errors import ERRORS_BY_NAME
+from loraplex.server.exposition import Family, LiveCounts, LiveTimes, Rows, gauge
 from loraplex.server.histogram import Histogram
+from loraplex.server.http_config import MetricsCompat
 from loraplex.server.lifecycle import Lifecycle
 from loraplex.server.messages import EngineStats
+from loraplex.server.slo_hints import SloCounts
 from loraplex.server.tenant_metrics import TenantMetrics
 from loraplex.server.tenants import DEFAULT_TENANT
 from loraplex.server.tier_metrics import tier_families
+from loraplex.server.vllm_metrics import Counts, Times, VllmMetrics
 
 Labels = tuple[str, ...]
 KINDS: tuple[Labels, ...] = (("base",), ("adapter",))
@@ -39,42 +43,41 @@ ENGINE_COUNTERS = {
 }
 
 
-class _Counts:
+class _Counts(LiveCounts):
     """A counter with labels; the ``known`` ones are there from the start, so that rates see the first increase."""
 
     def __init__(self, name: str, text: str, labels: Labels, known: Iterable[Labels] = ()) -> None:
-        self._name, self._text, self._labels = name, text, labels
+        super().__init__(name, text, "counter", labels)
         self._values: Counter[Labels] = Counter(dict.fromkeys(known, 0))
 
     def add(self, labels: Labels, amount: int = 1) -> None:
         self._values[labels] += amount
 
-    def family(self) -> Metric:
-        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, value in self._values.items():
-            family.add_metric(labels, value)
-        return family
+    def values(self) -> Iterable[tuple[Labels, float]]:
+        return self._values.items()
 
 
-class _Times:
+class _Times(LiveTimes):
     """A histogram of seconds for each ``kind``, or one without labels."""
 
     def __init__(self, name: str, text: str, labels: Labels = ("kind",), known: Iterable[Labels] = KINDS) -> None:
-        self._name, self._text, self._labels = name, text, labels
+        super().__init__(name, text, labels)
         self._histograms = {values: Histogram() for values in known}
 
     def observe(self, seconds: float, *labels: str) -> None:
         self._histograms[labels].observe(seconds)
 
-    def family(self) -> Metric:
-        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, histogram in self._histograms.items():
-            family.add_metric(labels, buckets=histogram.buckets(), sum_value=histogram.sum)
-        return family
+    def values(self) -> Iterable[tuple[Labels, Histogram]]:
+        return self._histograms.items()
 
 
 class ServerMetrics:
-    """Collects for one app. ``registry`` is what ``/metrics`` writes out, ``tenants`` counts by tenant."""
+    """Collects for one app. ``registry`` is what ``/metrics`` writes out.
+
+    Attributes:
+        tenants: counts by tenant.
+        slo: counts hopes of clients.
+    """
 
     def __init__(
         self,
@@ -83,6 +86,8 @@ class ServerMetrics:
         lifecycle: Lifecycle,
         max_adapter_series: int = 0,
         tenants: Iterable[str] = (DEFAULT_TENANT,),
+        *,
+        compat: MetricsCompat = "none",
     ) -> None:
         self.registry = CollectorRegistry()
         self._engine = engine
@@ -91,6 +96,7 @@ class ServerMetrics:
         self._series = AdapterSeries(engine, adapters, max_adapter_series)
         self._version = version("loraplex")
         self.tenants = TenantMetrics(tenants)
+        self._shown: tuple[EngineStats | None, Sequence[Family]] = (None, ())
         kind = ("kind",)
         self._http = _Counts("loraplex_http_requests", "Answered HTTP requests.", ("endpoint", "status"))
         self._errors = _Counts("loraplex_errors", "Requests that ended with an error.", ("type",), ERROR_TYPES)
@@ -106,6 +112,8 @@ class ServerMetrics:
             "loraplex_adapter_load_seconds", "Bringing an adapter from a tier to another.", ("source", "target"), LOADS
         )
         self._step_times = _Times("loraplex_step_seconds", "Steps of the engine.", (), [()])
+        self.slo = SloCounts()
+        self._vllm = self._vllm_metrics(adapters.base_name) if compat == "vllm" else None
         self.registry.register(self)
         engine.on_stats.append(self.engine_stats)
 
@@ -145,79 +153,89 @@ class ServerMetrics:
         for seconds in stats.step_seconds:
             self._step_times.observe(seconds)
 
-    def collect(self) -> Iterator[Metric]:
-        """All families, as the registry asks for them."""
-        counts = (self._http, self._errors, self._requests, self._finished, self._prompt, self._generated)
-        times = (self._first, self._gaps, self._queued, self._whole, self._loads, self._step_times)
-        for source in (*counts, *times):
-            yield source.family()
+    def collect(self) -> Iterator[Family | Metric]:
+        """All families, as the registry asks for them. One that is the same object as before has not changed."""
+        yield from (self._http, self._errors, self._requests, self._finished, self._prompt, self._generated)
+        yield from (self._first, self._gaps, self._queued, self._whole, self._loads, self._step_times)
         yield from self._engine_families(self._engine.stats)
         yield self._series.family()
         yield from self.tenants.families()
         yield from self._state_families()
+        yield self.slo
+        if self._vllm is not None:
+            yield from self._vllm.families()
+
+    def _vllm_metrics(self, model_name: str) -> VllmMetrics:
+        counts = Counts(
+            prompt=self._prompt, generated=self._generated, finished=self._finished, requests=self._requests
+        )
+        times = Times(first=self._first, gaps=self._gaps, queued=self._queued, whole=self._whole)
+        return VllmMetrics(model_name, self._engine, self._series, counts, times)
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: names are unique by construction, and the engine need not be asked at registration."""
         return iter(())
 
-    def _engine_families(self, stats: EngineStats) -> Iterator[Metric]:
-        for name, text in ENGINE_COUNTERS.items():
-            family = CounterMetricFamily(f"loraplex_{name}", text)
-            family.add_metric((), getattr(stats, name))
-            yield family
-        yield _gauge("loraplex_requests_running", "Sequences in the batch.", stats.running)
-        yield _gauge("loraplex_requests_waiting", "Sequences waiting for their turn.", stats.waiting)
-        yield _gauge("loraplex_pool_capacity_pages", "Pages of the pool in all.", stats.pages_total)
-        yield _gauges(
-            "loraplex_pool_pages",
-            "Pages of the pool by use.",
-            "use",
-            {
-                "kv": stats.pages_kv,
-                "adapter": stats.pages_adapter,
-                "cached": stats.pages_cached,
-                "free": stats.pages_free,
-            },
-        )
-        yield _gauge("loraplex_pool_pinned_pages", "Pages of pinned adapters in the pool.", stats.pages_pinned)
-        yield _gauge("loraplex_pool_held_pages", "Pages that could not be had by eviction.", stats.pages_held)
-        yield from tier_families(stats)
-        yield _expert_tokens(stats.expert_tokens)
+    def _engine_families(self, stats: EngineStats) -> Sequence[Family]:
+        """Made once for each snapshot."""
+        if self._shown[0] is not stats:
+            self._shown = stats, tuple(_families_of(stats))
+        return self._shown[1]
 
-    def _state_families(self) -> Iterator[Metric]:
-        restarts = CounterMetricFamily("loraplex_engine_restarts", "Times that the engine was started again.")
+    def _state_families(self) -> Iterator[Family]:
+        restarts = Rows("loraplex_engine_restarts", "Times that the engine was started again.", "counter")
         restarts.add_metric((), self._engine.restarts)
         yield restarts
         ready = self._engine.state == "ready"
-        yield _gauge("loraplex_engine_up", "Whether the engine is ready.", ready)
-        yield _gauge("loraplex_draining", "Whether the server takes no new work.", self._lifecycle.draining)
-        yield _gauge("loraplex_http_requests_in_flight", "POST requests being answered.", self._lifecycle.in_flight)
-        yield _gauge("loraplex_adapters_registered", "Adapters that requests may name.", len(self._adapters))
-        build = GaugeMetricFamily(
-            "loraplex_build_info", "What runs here; always 1.", labels=("version", "architecture", "dtype", "device")
-        )
+        yield gauge("loraplex_engine_up", "Whether the engine is ready.", ready)
+        yield gauge("loraplex_draining", "Whether the server takes no new work.", self._lifecycle.draining)
+        yield gauge("loraplex_http_requests_in_flight", "POST requests being answered.", self._lifecycle.in_flight)
+        yield gauge("loraplex_adapters_registered", "Adapters that requests may name.", len(self._adapters))
+        labels = ("version", "architecture", "dtype", "device")
+        build = Rows("loraplex_build_info", "What runs here; always 1.", "gauge", labels)
         info = self._engine.info if ready else None
         served = (info.architecture, info.dtype, info.device) if info else ("", "", "")
         build.add_metric((self._version, *served), 1)
         yield build
 
 
-def _expert_tokens(counts: Mapping[str, Sequence[int]]) -> Metric:
+def _families_of(stats: EngineStats) -> Iterator[Family]:
+    for name, text in ENGINE_COUNTERS.items():
+        family = Rows(f"loraplex_{name}", text, "counter")
+        family.add_metric((), getattr(stats, name))
+        yield family
+    yield gauge("loraplex_requests_running", "Sequences in the batch.", stats.running)
+    yield gauge("loraplex_requests_waiting", "Sequences waiting for their turn.", stats.waiting)
+    yield gauge("loraplex_pool_capacity_pages", "Pages of the pool in all.", stats.pages_total)
+    yield _gauges(
+        "loraplex_pool_pages",
+        "Pages of the pool by use.",
+        "use",
+        {
+            "kv": stats.pages_kv,
+            "adapter": stats.pages_adapter,
+            "cached": stats.pages_cached,
+            "free": stats.pages_free,
+        },
+    )
+    yield gauge("loraplex_pool_pinned_pages", "Pages of pinned adapters in the pool.", stats.pages_pinned)
+    yield gauge("loraplex_pool_held_pages", "Pages that could not be had by eviction.", stats.pages_held)
+    yield from tier_families(stats)
+    yield _expert_tokens(stats.expert_tokens)
+
+
+def _expert_tokens(counts: Mapping[str, Sequence[int]]) -> Family:
     """Empty unless ``expert_metrics`` asks for it."""
     text = "Times that routers chose an expert, of the adapters with the most routed tokens."
-    family = CounterMetricFamily("loraplex_expert_tokens", text, labels=("adapter", "expert"))
+    family = Rows("loraplex_expert_tokens", text, "counter", ("adapter", "expert"))
     for adapter, experts in counts.items():
         for expert, tokens in enumerate(experts):
             family.add_metric((adapter, str(expert)), tokens)
     return family
 
 
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, text, value=value)
-
-
-def _gauges(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=(label,))
+def _gauges(name: str, text: str, label: str, values: dict[str, int]) -> Family:
+    family = Rows(name, text, "gauge", (label,))
     for label_value, value in values.items():
         family.add_metric((label_value,), value)
     return family

@@ -6,17 +6,18 @@ from importlib.metadata import version
 
 import orjson
 from fastapi import APIRouter, Request
-from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
 from loraplex.server.edge import Edge
 from loraplex.server.lifecycle import check_ready, stopping_error
+from loraplex.server.metrics_page import MetricsPage
 
 
 def health_routes(edge: Edge) -> APIRouter:
     """The routes, over one edge."""
     router = APIRouter(tags=["health"])
     version_body = {"version": version("loraplex")}
+    page = MetricsPage(edge.metrics.registry, edge.metrics.collect, edge.config.metrics_share)
 
     @router.get("/health")
     async def health() -> Response:
@@ -40,8 +41,9 @@ def health_routes(edge: Edge) -> APIRouter:
 
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(edge.metrics.registry), headers={"content-type": content_type})
+        accept = request.headers.get("accept", ""), request.headers.get("accept-encoding", "")
+        body, headers = page.answer(*accept)
+        return Response(body, headers=headers)
 
     return router
 

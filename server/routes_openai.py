@@ -27,6 +27,7 @@ from loraplex.server.request_body import body_schema, read_body
 from loraplex.server.request_timing import RequestTiming
 from loraplex.server.request_trace import RequestTrace, trace_of
 from loraplex.server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from loraplex.server.slo_hints import slo_hints
 from loraplex.server.sse import EventStream, until_disconnect
 from loraplex.server.tenants import DEFAULT_TENANT
 
@@ -123,7 +124,8 @@ class Answers:
         edge, trace = self._edge, trace_of(request.scope)
         timing = RequestTiming(started=trace.started)
         tenant = edge.metrics.tenants[trace.tenant or DEFAULT_TENANT]
-        generation = Generation(job, edge.engine, edge.tokenizer, edge.metrics, timing, tenant)
+        hints = slo_hints(request.headers)
+        generation = Generation(job, edge.engine, edge.tokenizer, edge.metrics, timing, tenant, hints)
         head = head_of(body, answer_id, edge.config.model_name, admitted.target)
         headers = self._headers(admitted.ignored, trace)
         if not body.stream:

@@ -31,7 +31,7 @@ from loraplex.server.engine_config import (
     KernelsName,
 )
 from loraplex.server.errors import InvalidRequestError
-from loraplex.server.http_config import HttpConfig
+from loraplex.server.http_config import HttpConfig, MetricsCompat
 from loraplex.server.tenants import parse_tenant_keys
 
 PREFIX = "LORAPLEX_"
@@ -177,6 +177,10 @@ class Settings(BaseSettings):
     max_adapter_series: int = Field(
         100, ge=0, le=100_000, description="Most adapters that the metrics tell of by name."
     )
+    metrics_compat: MetricsCompat = Field(
+        "none",
+        description="vllm: also the metrics that cluster routers read of vLLM, under its names (docs/routing.md).",
+    )
     engine: Literal["process", "inline"] = Field("process", description="inline runs the engine in the HTTP process.")
     log_level: LogLevel = Field("info", description="Least severe messages to log.")
     log_format: LogFormat = Field("console", description="json writes one object a line.")
@@ -254,6 +258,7 @@ class Settings(BaseSettings):
             strict_requests=self.strict_requests,
             max_mix_adapters=self.max_mix_adapters,
             max_adapter_series=self.max_adapter_series,
+            metrics_compat=self.metrics_compat,
             max_routing_tokens=self.max_routing_tokens,
             drain_seconds=self.drain_seconds,
         )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-
+from loraplex.server.exposition import Family, LiveTimes, Rows
 from loraplex.server.histogram import Histogram
 
 GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
@@ -65,6 +64,18 @@ class TenantCounts:
             self.waiting -= 1
 
 
+class _FirstTokens(LiveTimes):
+    """Seconds to the first token, of each tenant."""
+
+    def __init__(self, tenants: Mapping[str, TenantCounts]) -> None:
+        name, text = "loraplex_tenant_time_to_first_token_seconds", "From the request to its first token."
+        super().__init__(name, text, ("tenant",))
+        self._tenants = tenants
+
+    def values(self) -> Iterable[tuple[tuple[str, ...], Histogram]]:
+        return (((name,), counts.first_token) for name, counts in self._tenants.items())
+
+
 class TenantMetrics:
     """The counts of all tenants.
 
@@ -74,6 +85,7 @@ class TenantMetrics:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._tenants = {name: TenantCounts() for name in names}
+        self._first_tokens = _FirstTokens(self._tenants)
 
     def __getitem__(self, name: str) -> TenantCounts:
         return self._tenants[name]
@@ -83,11 +95,10 @@ class TenantMetrics:
         if name is not None and path in GENERATION_PATHS:
             self._tenants[name].outcomes[outcome_of(status, error_type)] += 1
 
-    def families(self) -> Iterator[Metric]:
+    def families(self) -> Iterator[Family]:
         """All families."""
-        requests = CounterMetricFamily(
-            "loraplex_tenant_requests", "Generation requests by how they ended.", labels=("tenant", "outcome")
-        )
+        labels = ("tenant", "outcome")
+        requests = Rows("loraplex_tenant_requests", "Generation requests by how they ended.", "counter", labels)
         for name, counts in self._tenants.items():
             for outcome, number in counts.outcomes.items():
                 requests.add_metric((name, outcome), number)
@@ -99,21 +110,16 @@ class TenantMetrics:
         yield self._counter("generation_tokens", "Tokens generated.", lambda counts: counts.generated)
         yield self._gauge("waiting", "Requests that wait for their first token.", lambda counts: counts.waiting)
         yield self._gauge("running", "Requests that have had their first token.", lambda counts: counts.running)
-        times = HistogramMetricFamily(
-            "loraplex_tenant_time_to_first_token_seconds", "From the request to its first token.", labels=("tenant",)
-        )
-        for name, counts in self._tenants.items():
-            times.add_metric((name,), buckets=counts.first_token.buckets(), sum_value=counts.first_token.sum)
-        yield times
+        yield self._first_tokens
 
-    def _counter(self, name: str, text: str, value: Callable[[TenantCounts], int]) -> Metric:
-        family = CounterMetricFamily(f"loraplex_tenant_{name}", text, labels=("tenant",))
-        for tenant, counts in self._tenants.items():
-            family.add_metric((tenant,), value(counts))
-        return family
+    def _counter(self, name: str, text: str, value: Callable[[TenantCounts], int]) -> Family:
+        return self._rows(f"loraplex_tenant_{name}", text, "counter", value)
 
-    def _gauge(self, state: str, text: str, value: Callable[[TenantCounts], int]) -> Metric:
-        family = GaugeMetricFamily(f"loraplex_tenant_requests_{state}", text, labels=("tenant",))
+    def _gauge(self, state: str, text: str, value: Callable[[TenantCounts], int]) -> Family:
+        return self._rows(f"loraplex_tenant_requests_{state}", text, "gauge", value)
+
+    def _rows(self, name: str, text: str, kind: str, value: Callable[[TenantCounts], int]) -> Family:
+        family = Rows(name, text, kind, ("tenant",))
         for tenant, counts in self._tenants.items():
             family.add_metric((tenant,), value(counts))
         return family

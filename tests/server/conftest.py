@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -175,6 +176,10 @@ class FakeEngine:
     def running(self, ref: AdapterRef) -> int:
         return self.open.count(ref)
 
+    @property
+    def wanted(self) -> list[tuple[str, int]]:
+        return [(ref.path, ref.revision) for ref in self.open]
+
     def restore_from(self, restore: Restore) -> None:
         self.restored.append(restore())
 
@@ -313,7 +318,7 @@ def make_app(engine: FakeEngine, registry: AdapterRegistry, tokenizer: TextToken
     """Makes the app, with fields of its configuration as arguments."""
 
     def make(own_tokenizer: TextTokenizer | None = None, state: Any = None, watch: Any = None, **fields: Any) -> Any:
-        config = HttpConfig(model_name=BASE_NAME, **fields)
+        config = HttpConfig(model_name=BASE_NAME, **({"metrics_share": math.inf} | fields))  # scrapes see the latest
         return create_app(engine, registry, own_tokenizer or tokenizer, config, state=state, watch=watch)
 
     return make
