@@ -95,6 +95,7 @@ class AdapterGate:
                 case AdapterLoading():
                     loading.append(ref)
                 case AdapterFailed(error):
+                    request.failed_adapter = ref.name
                     fail(request, error)
                     return AtHand.FAILED
                 case AdapterReady() as status:
@@ -185,8 +186,20 @@ class AdapterGate:
             weights[status.identity] = weights.get(status.identity, 0.0) + request.weights[ref]
             images.setdefault(
                 status.identity,
-                AdapterPages(status.identity, ref, status.num_pages, status.routes_by_token, status.changes_kv),
+                AdapterPages(
+                    status.identity,
+                    ref,
+                    status.num_pages,
+                    status.routes_by_token,
+                    status.changes_kv,
+                    status.kind,
+                    status.num_bytes,
+                ),
             )
+            if request.waited_for_adapter:
+                request.loads[status.identity] = tuple(
+                    load for load in status.loads if load.ended is not None and load.ended > request.arrival
+                )
         request.images = tuple(images.values())
         num_pages = request.num_adapter_pages
         if error := self._size_problem(request, num_pages):

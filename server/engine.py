@@ -259,6 +259,8 @@ class Engine:
             self._follow_tiers()
         for page_in in plan.page_ins:
             self._parts.runner.page_in(self._parts.directory.image(page_in.ref), page_in.pages)
+            if self._parts.runner.has_arrived(page_in.identity):
+                self._parts.scheduler.page_ins.note_copied(page_in.identity)
 
     def _follow_tiers(self) -> None:
         self._parts.runner.forget(self._parts.reports.follow())
