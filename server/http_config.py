@@ -27,6 +27,7 @@ class HttpConfig:
         max_routing_tokens: the most tokens whose routes one answer tells.
         max_adapter_series: the most adapters that the metrics tell of by name.
         ping_seconds: a stream that was silent for so long gets a comment.
+        access_log: whether to log a line for each request.
     """
 
     model_name: str
@@ -45,3 +46,4 @@ class HttpConfig:
     max_routing_tokens: int = 4096
     max_adapter_series: int = 100
     ping_seconds: float = 15.0
+    access_log: bool = True
