@@ -7,8 +7,9 @@ from typing import Any
 import structlog
 from starlette.types import Scope
 
-from loraplex.server.generation_record import GenerationRecord, short_identity
+from loraplex.server.generation_record import GenerationRecord
 from loraplex.server.request_trace import RequestTrace
+from loraplex.server.span_times import short_identity
 
 _log = structlog.get_logger(__name__)
 

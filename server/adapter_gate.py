@@ -12,6 +12,7 @@ from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
 from loraplex.server.adapter_directory import AdapterDirectory, AdapterFailed, AdapterLoading, AdapterReady
 from loraplex.server.adapter_waits import AdapterWaits
+from loraplex.server.engine_log import adapter_fields, debug
 from loraplex.server.errors import (
     AdapterTooLargeError,
     ConflictError,
@@ -103,6 +104,8 @@ class AdapterGate:
         if loading:
             if len(request.weights) > 1:
                 self._partial.add(sequence)
+            if not request.waited_for_adapter:
+                debug("a request waits", request_id=request.origin, **adapter_fields([ref.name for ref in loading]))
             request.waited_for_adapter = True
             self.waits.add(sequence, loading)
             return AtHand.LOADING

@@ -7,13 +7,6 @@ from dataclasses import dataclass
 from loraplex.server.generation import Generation
 from loraplex.server.span_times import AdapterUse
 
-_SHOWN_DIGITS = 12
-
-
-def short_identity(identity: str) -> str:
-    """The beginning of an adapter's identity: enough to tell adapters apart."""
-    return identity[:_SHOWN_DIGITS]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRecord:

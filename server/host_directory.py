@@ -12,6 +12,7 @@ from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.adapter_store import AdapterStore, Content, Failed, Loading, Ready
 from loraplex.memory.merge_recipe import PREFIX
 from loraplex.server.adapter_directory import AdapterFailed, AdapterLoading, AdapterReady, AdapterStatus
+from loraplex.server.engine_log import adapter_failed, debug
 from loraplex.server.errors import (
     AdapterInvalidError,
     AdapterTooLargeError,
@@ -21,7 +22,7 @@ from loraplex.server.errors import (
 )
 from loraplex.server.messages import AdapterInfo, AdapterRef, AdapterState, AdapterTier, ErrorInfo
 from loraplex.server.request import AdapterPages
-from loraplex.server.span_times import AdapterLoad
+from loraplex.server.span_times import AdapterLoad, short_identity
 
 _MAX_MERGES = 1000
 
@@ -54,6 +55,7 @@ class HostDirectory:
         self._expire = expire
         self._last_fetch = last_fetch
         self._loads: dict[Key, tuple[AdapterLoad, ...]] = {}
+        self._failed_at: dict[Key, float] = {}
         self._resident = resident
         self._pool_pages = pool_pages
         self._num_layers = num_layers
@@ -84,8 +86,12 @@ class HostDirectory:
                 loads = self._loads_of(ref, ready)
                 self._note(ref, content, loads)
                 return self._ready(content, loads)
-            case Failed(error):
-                return AdapterFailed(to_loraplex_error(ref, error))
+            case Failed(error, at):
+                reason = to_loraplex_error(ref, error)
+                if self._failed_at.get(key) != at:
+                    self._failed_at[key] = at
+                    adapter_failed(ref, reason.message)
+                return AdapterFailed(reason)
             case _:
                 return AdapterLoading()
 
@@ -98,12 +104,15 @@ class HostDirectory:
             if oldest is not None:
                 del self._merges[oldest]
                 self._store.forget(*oldest)
+                self._failed_at.pop(oldest, None)
 
     def _loads_of(self, ref: AdapterRef, ready: Ready) -> tuple[AdapterLoad, ...]:
         """What brought an image to the host: reading it from disk, and fetching it before, if that was part of it."""
         known, num_bytes = self._loads.get(_key(ref)), ready.content.num_bytes
         if known is not None and known[-1].ended == ready.ended:
             return known
+        seconds, identity = round(ready.ended - ready.started, 6), short_identity(ready.content.identity)
+        debug("an adapter was loaded", adapter=ref.name, adapter_identity=identity, seconds=seconds, bytes=num_bytes)
         fetch = None if self._last_fetch is None else self._last_fetch(ref.path)
         if fetch is None or not ready.started <= fetch[0] <= fetch[1] <= ready.ended:
             return (AdapterLoad("disk", "host", ready.started, ready.ended, num_bytes),)
@@ -214,6 +223,7 @@ class HostDirectory:
         """Let go of a registration; what runs under it goes on."""
         key = _key(ref)
         self._store.forget(*key)
+        self._failed_at.pop(key, None)
         retained = self._retained.pop(key, None)
         if retained is not None:
             self._resident.unkeep(retained, by=repr(key))

@@ -217,6 +217,7 @@ class RequestFailed(Message, frozen=True, kw_only=True):
     request_id: str
     error: ErrorInfo
     times: FailTimes | None = None
+    origin: str = ""
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,13 @@ from typing import Literal
 
 import msgspec
 
+_SHOWN_DIGITS = 12
+
+
+def short_identity(identity: str) -> str:
+    """The beginning of an adapter's identity, which logs and traces show."""
+    return identity[:_SHOWN_DIGITS]
+
 
 class AdapterLoad(msgspec.Struct, frozen=True, array_like=True):
     """An adapter came from a tier, or from ``remote``, to another one. ``num_bytes`` are those of its image.

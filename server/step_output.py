@@ -90,7 +90,8 @@ def _loads(request: Request, identity: str, num_bytes: int) -> list[AdapterLoad]
 def request_failed(request: Request, error: LoraplexError, now: float) -> RequestFailed:
     """What the client of a request that has failed is told, and when it came and what it waited for in vain."""
     times = FailTimes(request.arrival, now, request.failed_adapter, request.first_lookup_at)
-    return RequestFailed(request_id=request.request_id, error=ErrorInfo.of(error), times=times)
+    info = ErrorInfo.of(error)
+    return RequestFailed(request_id=request.request_id, error=info, times=times, origin=request.origin)
 
 
 def collect_prompt_logprobs(sequence: Sequence, found: list[TokenLogprob], chunk: Chunk) -> None:

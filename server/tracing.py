@@ -17,12 +17,12 @@ import structlog
 from opentelemetry.trace import Span, StatusCode, Tracer, TracerProvider, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
-from loraplex.server.generation_record import GenerationRecord, short_identity
+from loraplex.server.generation_record import GenerationRecord
 from loraplex.server.lazy import load
 from loraplex.server.request_timing import PromptTimes
 from loraplex.server.request_trace import RequestTrace
 from loraplex.server.settings import SettingsError
-from loraplex.server.span_times import AdapterLoad, AdapterUse, BeginTimes, FailTimes
+from loraplex.server.span_times import AdapterLoad, AdapterUse, BeginTimes, FailTimes, short_identity
 
 MOST_PROMPTS = 16
 """So many prompts of one request get spans of their own."""
