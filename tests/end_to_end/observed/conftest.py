@@ -52,7 +52,7 @@ class Collector:
         collector = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:  # noqa: N802
+            def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 collector.take(self.path, body)
                 answer = ExportTraceServiceResponse().SerializeToString()
