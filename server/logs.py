@@ -83,6 +83,7 @@ def configure_logs(level: str = "info", form: str = "console", process: Literal[
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
+    logging.getLogger("urllib3").setLevel(logging.WARNING)  # a line for each batch of traces
     if level != "debug":
         for chatty in ("uvicorn.error", "httpx", "filelock", "transformers"):
             logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -100,7 +100,7 @@ def start_observed(start_server: Callable[..., Any], collector: Collector) -> Ca
     def start() -> Any:
         server = start_server(
             *("demo", "--log-format", "json", "--log-level", "debug", "--otlp-endpoint", collector.url),
-            *("--api-keys", KEY, "--max-running", "8"),
+            *("--api-keys", KEY, "--threads", "1"),
             env={"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_SERVICE_NAME": "observed"},
             key=KEY,
         )
