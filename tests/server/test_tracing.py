@@ -268,6 +268,12 @@ def test_the_access_log_can_be_switched_off(make_client: Callable[..., TestClien
     assert not [line for line in logged if line["event"] == "request"]
 
 
+def test_calls_about_adapters_name_them(client: TestClient, logged: list[Any]) -> None:
+    assert client.post("/v1/adapters/red/prefetch", json={"tier": "host"}).status_code == 200
+    assert client.delete("/v1/adapters/blue").status_code == 200
+    assert [(line["method"], line["adapter"]) for line in logged] == [("POST", "red"), ("DELETE", "blue")]
+
+
 def test_the_engine_is_told_what_logs_call_a_request(client: TestClient, engine: Any) -> None:
     client.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 1}, headers={"x-request-id": "mine"})
     assert [command.origin for command in engine.commands] == ["mine", "mine"]
