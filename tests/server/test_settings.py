@@ -250,7 +250,9 @@ def test_the_engine_gets_its_share_of_the_tiers(tmp_path: Path) -> None:
     assert "eviction" in fault(eviction="fifo")
 
 
-@pytest.mark.parametrize("address", ["collector:4318", "http://user:pass@host", "http://host?token=1", "grpc://host", ""])
+@pytest.mark.parametrize(
+    "address", ["collector:4318", "http://user:pass@host", "http://host?token=1", "grpc://host", ""]
+)
 def test_the_address_of_a_collector_holds_no_secret(address: str) -> None:
     with pytest.raises(SettingsError, match="otlp_endpoint: accepted is http://HOST:PORT") as failure:
         load_settings({"model": "m", "otlp_endpoint": address})
