@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,6 +184,13 @@ def test_nothing_is_traced_unless_somebody_asks(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
     assert make_tracing(None) is None
+
+
+def test_what_sends_spans_is_imported_by_nobody_who_does_not_ask() -> None:
+    server = Path(__file__).resolve().parents[2] / "server"
+    heavy = ("from opentelemetry.sdk", "from opentelemetry.exporter", "from loraplex.server.otlp_export")
+    found = {path.name for path in server.glob("*.py") if any(text in path.read_text() for text in heavy)}
+    assert found == {"otlp_export.py"}
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
