@@ -37,6 +37,7 @@ class AsyncClient:
         api_key: where the server wants one; by default the environment variable ``LORAPLEX_API_KEY``.
         timeout: longest silence of the server, in seconds; None waits for ever.
         max_retries: how often a call is made again.
+        headers: sent with every call, such as ``traceparent``.
         transport: in place of the network; an ASGI app in tests, or a transport with a proxy or certificates.
 
     Raises:
@@ -50,9 +51,12 @@ class AsyncClient:
         api_key: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
         max_retries: int = 2,
+        headers: Mapping[str, str] | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self._connection = Connection.checked(base_url, api_key=api_key, timeout=timeout, max_retries=max_retries)
+        self._connection = Connection.checked(
+            base_url, api_key=api_key, timeout=timeout, max_retries=max_retries, headers=headers
+        )
         self._http = httpx2.AsyncClient(transport=transport, **self._connection.http_options)
 
     async def __aenter__(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +36,21 @@ class Connection:
     max_retries: int
 
     @classmethod
-    def checked(cls, base_url: str, *, api_key: str | None, timeout: float | None, max_retries: int) -> Connection:
+    def checked(
+        cls,
+        base_url: str,
+        *,
+        api_key: str | None,
+        timeout: float | None,
+        max_retries: int,
+        headers: Mapping[str, str] | None = None,
+    ) -> Connection:
         """From a client's arguments; InvalidConfiguration names the one that is wrong."""
         if timeout is not None and not timeout > 0:
             raise _invalid("timeout", f"timeout is {timeout}; accepted are seconds above 0, and None for no limit")
         if max_retries < 0:
             raise _invalid("max_retries", f"max_retries is {max_retries}; accepted is 0 and more")
-        return cls(_checked_url(base_url), _headers(api_key), timeout, max_retries)
+        return cls(_checked_url(base_url), _own_headers(headers) | _headers(api_key), timeout, max_retries)
 
     @property
     def http_options(self) -> dict[str, Any]:
@@ -103,6 +112,13 @@ def _headers(api_key: str | None) -> dict[str, str]:
     if not key.isascii() or not key.isprintable():
         raise _invalid("api_key", "api_key holds characters that a header cannot carry; accepted is printable ASCII")
     return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def _own_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+    for name, value in (headers or {}).items():
+        if not (name.isascii() and name.isprintable() and value.isascii() and value.isprintable()):
+            raise _invalid("headers", f"header {name!r} cannot be sent; accepted is printable ASCII")
+    return {name.lower(): value for name, value in (headers or {}).items()}
 
 
 def _invalid(param: str, message: str) -> InvalidConfiguration:

@@ -329,7 +329,7 @@ class AdapterStore:
             self._records.set_state(record, Failed(error, now, now + self._back_off.pause(record.failures)))
 
     def _load(self, record: Record) -> None:
-        started = time.perf_counter()
+        began, started = self._clock(), time.perf_counter()
         spec = read_patiently(partial(self._reader, record.key[0]), self._sleep)
         plan = self._plans.plan(spec)
         content, heap_bytes = self._content_of(spec, plan)
@@ -337,7 +337,7 @@ class AdapterStore:
         with self._changed:
             held = self._find_room(record, content, heap_bytes)
             if held is None or held.image is not None:
-                self._publish(record, held, content, seconds)
+                self._publish(record, held, content, seconds, began)
                 return
         started = time.perf_counter()
         image = self._lay_out(spec, plan, held)
@@ -346,7 +346,7 @@ class AdapterStore:
             self._images.finish(held, image)
             self._moves.add(spec.identity)
             try:
-                self._publish(record, held, content, seconds)
+                self._publish(record, held, content, seconds, began)
             finally:
                 self._images.drop_unshared(held, "forgotten")
 
@@ -390,15 +390,15 @@ class AdapterStore:
             self._wake()
             raise
 
-    def _publish(self, record: Record, held: HeldImage | None, content: Content, seconds: float) -> None:
+    def _publish(self, record: Record, held: HeldImage | None, content: Content, took: float, began: float) -> None:
         if held is None or held.image is None or not self._records.is_current(record):
             return
         _check_expected(record, content)
-        self._times.note(content.identity, content.num_bytes, seconds)
+        self._times.note(content.identity, content.num_bytes, took)
         self._images.join(held, record.key)
         self._loads += 1
         record.content, record.expected, record.failures = held.content, content.identity, 0
-        self._records.set_state(record, Ready(held.image, held.content, seconds))
+        self._records.set_state(record, Ready(held.image, held.content, took, began, self._clock()))
         self._changed.notify_all()
 
     def check_integrity(self) -> None:

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -87,6 +87,7 @@ class DiskCache:
         self._expired: set[str] = set()
         self._hits = self._misses = 0
         self._recent: deque[float] = deque(maxlen=_MAX_RECENT)
+        self._fetches: OrderedDict[str, tuple[float, float]] = OrderedDict()
         with self._disk_faults():
             self._folder = CacheFolder(root)
             self._entries = DiskEntries(
@@ -141,6 +142,11 @@ class DiskCache:
             recent = list(self._recent)
             self._recent.clear()
             return recent
+
+    def last_fetch(self, source: AdapterSource) -> tuple[float, float] | None:
+        """When the latest fetch of a source began and ended, on the cache's clock; None if that is long ago."""
+        with self._lock:
+            return self._fetches.get(source.url)
 
     def check_integrity(self) -> None:
         """Compare what is known with the disk; AssertionError where they differ. Reads every entry's record."""
@@ -246,11 +252,18 @@ class DiskCache:
                 raise TransientReadError(f"{source.url}: what arrived is not what was listed")
             with self._lock:
                 self._recent.append(record.fetch_seconds)
+                self._note_fetch(source.url, started)
                 return self._entries.finish(record)
         except BaseException:
             with self._lock:
                 self._entries.abandon(record)
             raise
+
+    def _note_fetch(self, url: str, started: float) -> None:
+        self._fetches[url] = started, self._clock()
+        self._fetches.move_to_end(url)
+        if len(self._fetches) > _MAX_RECENT:
+            self._fetches.popitem(last=False)
 
     @contextmanager
     def _disk_faults(self) -> Iterator[None]:

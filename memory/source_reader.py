@@ -60,6 +60,13 @@ class SourceReader:
             if source.is_remote:
                 self._cache.expire(source)
 
+    def last_fetch(self, path: str) -> tuple[float, float] | None:
+        """When the latest fetch of a remote source began and ended, in monotonic seconds; None where none is known."""
+        if self._cache is None or path.startswith(PREFIX):
+            return None
+        source = parse_source(path)
+        return self._cache.last_fetch(source) if source.is_remote else None
+
     def _read(self, path: Path | str, shape: BaseShape, **options: Any) -> AdapterSpec:
         with self.open(path) as folder:
             return read_adapter(folder, shape, **options)

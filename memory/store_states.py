@@ -70,7 +70,8 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Here. ``seconds`` is what reading, verifying and laying out took, without the wait for room.
+    """Here. ``seconds`` is what reading, verifying and laying out took, without the wait for room; ``started`` and
+    ``ended`` say when, on the store's clock.
 
     Who keeps the image, or this, keeps its memory from being given to others.
     """
@@ -78,6 +79,8 @@ class Ready:
     image: AdapterImage
     content: Content
     seconds: float
+    started: float = 0.0
+    ended: float = 0.0
 
     @property
     def warnings(self) -> tuple[str, ...]:

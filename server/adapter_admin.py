@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+from structlog.contextvars import bind_contextvars
+
 from loraplex.server.adapter_registry import AdapterRegistry, Origin, RegisteredAdapter
 from loraplex.server.adapter_sources import SourceRules, source_kind
 from loraplex.server.engine_client import EngineClient, TargetTier
@@ -63,6 +65,7 @@ class AdapterAdmin:
         """
         wishes = wishes or Wishes()
         self._registry.check_name(name, params[0])
+        bind_contextvars(adapter=name)
         path = await self._rules.checked(path, params[1])
         check_ready(self._engine)
         async with self._lock(name):
@@ -82,6 +85,7 @@ class AdapterAdmin:
         Raises:
             LoraplexError: as of ``load``; or the registration, which is in force, could not be saved.
         """
+        bind_contextvars(adapter=name)
         check_ready(self._engine)
         async with self._lock(name):
             known = self._registry.get(name)
@@ -104,6 +108,7 @@ class AdapterAdmin:
             path = await self._rules.checked(path, "path")
         async with self._lock(name):
             self._registry.named(name, "adapter_id")
+            bind_contextvars(adapter=name)
             if path is None:
                 adapter = await self._grant(name, wishes)
             else:
@@ -114,6 +119,7 @@ class AdapterAdmin:
     async def prefetch(self, name: str, tier: TargetTier) -> RegisteredAdapter:
         """Brings an adapter up to a tier."""
         adapter = self._registry.named(name, "adapter_id")
+        bind_contextvars(adapter=name)
         check_ready(self._engine)
         self._note(adapter.ref, await self._engine.prefetch_adapter(adapter.ref, tier))
         return self._registry.get(name) or adapter
@@ -122,6 +128,7 @@ class AdapterAdmin:
         """Forgets a name; requests that run under it finish. Returns what it stood for."""
         async with self._lock(name):
             adapter = self._registry.named(name, param)
+            bind_contextvars(adapter=name)
             self._registry.remove(name)
             self._keeper.forget(name)
             await self._release(adapter)

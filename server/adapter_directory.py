@@ -8,6 +8,7 @@ from typing import Protocol
 
 from loraplex.server.errors import LoraplexError
 from loraplex.server.messages import AdapterRef
+from loraplex.server.span_times import AdapterLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,9 @@ class AdapterReady:
         mix_problem: why it cannot be part of a mix, as the end of a sentence; None where it can.
         routes_by_token: whether its experts depend on the ids of tokens, which must then be known.
         changes_kv: whether K/V under it may differ from the base model's.
+        kind: as in ``AdapterInfo``.
+        num_bytes: of its image.
+        loads: what brought it to the host last, in order, as far as that is known.
     """
 
     identity: str
@@ -34,6 +38,9 @@ class AdapterReady:
     mix_problem: str | None = None
     routes_by_token: bool = False
     changes_kv: bool = True
+    kind: str = ""
+    num_bytes: int = 0
+    loads: tuple[AdapterLoad, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

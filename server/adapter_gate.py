@@ -12,6 +12,7 @@ from loraplex.memory.kv_cache import KvCache
 from loraplex.memory.page_pool import PagePool
 from loraplex.server.adapter_directory import AdapterDirectory, AdapterFailed, AdapterLoading, AdapterReady
 from loraplex.server.adapter_waits import AdapterWaits
+from loraplex.server.engine_log import adapter_fields, debug
 from loraplex.server.errors import (
     AdapterTooLargeError,
     ConflictError,
@@ -95,6 +96,7 @@ class AdapterGate:
                 case AdapterLoading():
                     loading.append(ref)
                 case AdapterFailed(error):
+                    request.failed_adapter = ref.name
                     fail(request, error)
                     return AtHand.FAILED
                 case AdapterReady() as status:
@@ -102,6 +104,8 @@ class AdapterGate:
         if loading:
             if len(request.weights) > 1:
                 self._partial.add(sequence)
+            if not request.waited_for_adapter:
+                debug("a request waits", request_id=request.origin, **adapter_fields([ref.name for ref in loading]))
             request.waited_for_adapter = True
             self.waits.add(sequence, loading)
             return AtHand.LOADING
@@ -185,8 +189,20 @@ class AdapterGate:
             weights[status.identity] = weights.get(status.identity, 0.0) + request.weights[ref]
             images.setdefault(
                 status.identity,
-                AdapterPages(status.identity, ref, status.num_pages, status.routes_by_token, status.changes_kv),
+                AdapterPages(
+                    status.identity,
+                    ref,
+                    status.num_pages,
+                    status.routes_by_token,
+                    status.changes_kv,
+                    status.kind,
+                    status.num_bytes,
+                ),
             )
+            if request.waited_for_adapter:
+                request.loads[status.identity] = tuple(
+                    load for load in status.loads if load.ended is not None and load.ended > request.arrival
+                )
         request.images = tuple(images.values())
         num_pages = request.num_adapter_pages
         if error := self._size_problem(request, num_pages):

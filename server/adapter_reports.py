@@ -10,8 +10,10 @@ from loraplex.memory.adapter_store import AdapterStore
 from loraplex.memory.disk_cache import DiskCacheStats
 from loraplex.memory.store_states import StoreStats
 from loraplex.server.adapter_calls import AdapterCalls
+from loraplex.server.engine_log import debug, is_debugging
 from loraplex.server.host_directory import HostDirectory, Key, is_merged
 from loraplex.server.messages import AdapterState, AdapterStates, TierUse
+from loraplex.server.span_times import short_identity
 
 
 class AdapterReports:
@@ -52,12 +54,21 @@ class AdapterReports:
         for identity in self._store.take_moves():
             self._adapters.rescore(identity)
             self._moved.update(self._directory.keys_of(identity))
+            if not self._store.holds(identity):
+                self._log_gone(identity, "host")
         for identity in self._adapters.take_changes():
             self._moved.update(self._directory.keys_of(identity))
             self._recount(identity)
             if not self._adapters.is_resident(identity):
                 left.add(identity)
+                self._log_gone(identity, "pool")
         return left
+
+    def _log_gone(self, identity: str, tier: str) -> None:
+        if is_debugging():
+            ref = self._directory.ref_of(identity)
+            name = None if ref is None else ref.name
+            debug("an adapter left a tier", tier=tier, adapter=name, adapter_identity=short_identity(identity))
 
     def _recount(self, identity: str) -> None:
         before = self._in_pool.pop(identity, None)

@@ -255,6 +255,8 @@ class Admission:
         assert has_room, "a sequence came in for which there was no room"
         for image in missing:
             plan.page_ins.append(self._page_ins.begin(image))
+            if sequence.first_scheduled_at is None:
+                request.copies[image.identity] = self._page_ins.times(image.identity)
             self._adapters.pin(image.identity)
         self._kv.extend(sequence.seq_id, sequence.num_tokens)
         self._in_line.discard(sequence)

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
 from loraplex.server.adapter_admin import AdapterAdmin
 from loraplex.server.adapter_registry import AdapterRegistry
@@ -23,13 +24,15 @@ from loraplex.server.load_report import LoadReport
 from loraplex.server.metrics import ServerMetrics
 from loraplex.server.registry_file import RegistryFile
 from loraplex.server.registry_keeper import RegistryKeeper
-from loraplex.server.request_middleware import RequestMiddleware
+from loraplex.server.request_middleware import OPEN_PATHS, RequestMiddleware
+from loraplex.server.request_records import RequestRecords
 from loraplex.server.routes_adapter_aliases import adapter_alias_routes
 from loraplex.server.routes_adapters import adapter_routes
 from loraplex.server.routes_health import health_routes
 from loraplex.server.routes_openai import openai_routes
 from loraplex.server.tenants import Tenants
 from loraplex.server.tokens import TextTokenizer
+from loraplex.server.tracing import RequestSpans, Tracing
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 MakeWatch = Callable[[AdapterAdmin], AdapterWatch]
@@ -45,6 +48,7 @@ def create_app(
     lifespan: Lifespan | None = None,
     state: RegistryFile | None = None,
     watch: MakeWatch | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The app. It starts and stops nothing but what its own lifespan does: the engine is its caller's.
 
@@ -55,6 +59,7 @@ def create_app(
         lifespan: run around all that.
         state: where the registry is kept; the app closes it.
         watch: makes what follows the folder of adapters.
+        tracing: where spans go; the app closes it.
     """
     lifecycle = lifecycle or Lifecycle()
     tenants = Tenants(config.api_keys, config.tenant_keys)
@@ -81,6 +86,8 @@ def create_app(
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if tracing is not None:
+                stack.push_async_callback(lambda: tracing.close(lifecycle.seconds_left(config.drain_seconds)))
             if lifespan is not None:
                 await stack.enter_async_context(lifespan(app))
             await stack.enter_async_context(keeper.running())
@@ -90,11 +97,33 @@ def create_app(
                 await stack.enter_async_context(watch(admin).running())
             yield
 
-    app = FastAPI(title="Loraplex", version=version("loraplex"), lifespan=running, redirect_slashes=False)
+    app = FastAPI(
+        title="Loraplex",
+        version=version("loraplex"),
+        lifespan=running,
+        redirect_slashes=False,
+        telemetry=_telemetry(tracing),
+    )
     app.state.edge = edge
     for routes in (openai_routes, health_routes, adapter_routes, adapter_alias_routes):
         app.include_router(routes(edge))
     install_error_handlers(app)
     app.add_middleware(LoadReport, engine=engine)
     app.add_middleware(RequestMiddleware, config=config, tenants=tenants, lifecycle=lifecycle, metrics=metrics)
+    spans = None if tracing is None else RequestSpans(tracing.provider)
+    app.add_middleware(RequestRecords, spans=spans, access_log=config.access_log)
     return app
+
+
+def _telemetry(tracing: Tracing | None) -> TelemetryConfig:
+    """FastAPI makes the server spans, by HTTP's semantic conventions, and nothing else: metrics and logs are ours."""
+    if tracing is None:
+        return {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+    return {
+        "tracer_provider": tracing.provider,
+        "metrics": False,
+        "logs": False,
+        "operation_spans": False,
+        "auto_configure": False,
+        "exclude": lambda scope: scope.get("path") in OPEN_PATHS,
+    }

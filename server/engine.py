@@ -26,6 +26,7 @@ from loraplex.memory.store_states import StoreStats
 from loraplex.memory.transfer import TransferStats
 from loraplex.server.adapter_calls import AdapterCalls
 from loraplex.server.adapter_reports import AdapterReports
+from loraplex.server.engine_log import RequestLog, origins
 from loraplex.server.errors import EngineError, LoraplexError
 from loraplex.server.host_directory import HostDirectory
 from loraplex.server.messages import (
@@ -135,6 +136,7 @@ class Engine:
         self._completed_at = 0.0
         self._step_seconds: list[float] = []
         self._tier_loads: list[TierLoad] = []
+        self._request_log = RequestLog()
 
     @property
     def info(self) -> EngineInfo:
@@ -166,16 +168,21 @@ class Engine:
                 self._generate(command)
             case Abort(request_id=request_id, index=index):
                 self._parts.scheduler.abort(request_id, index)
+                if self._request_log.is_on:
+                    self._request_log.aborted(request_id, index)
             case LoadAdapter() | UnloadAdapter() | PrefetchAdapter() | PinAdapter() | RestoreAdapters():
                 self._answer(self._parts.calls.handle(command))
             case _:
                 raise AssertionError(f"no command for the engine: {command}")
 
     def _generate(self, command: Generate) -> None:
+        if self._request_log.is_on:
+            self._request_log.taken(command)
         try:
             self._parts.scheduler.add(command)
         except LoraplexError as error:
-            self._failed.append(RequestFailed(request_id=command.request_id, error=ErrorInfo.of(error)))
+            failed = RequestFailed(request_id=command.request_id, error=ErrorInfo.of(error), origin=command.origin)
+            self._failed.append(failed)
         else:
             refs = [command.adapter] if command.adapter is not None else [part.adapter for part in command.mix]
             self._parts.calls.note_request(refs)
@@ -198,13 +205,16 @@ class Engine:
             self._run_step(outputs)
             self._answer(self._parts.calls.poll())
         except Exception as error:
-            _log.exception("a step failed; its requests end with an error")
             self._in_flight = None
-            self._failed += self._parts.scheduler.fail_all(
+            failed = self._parts.scheduler.fail_all(
                 EngineError(f"The engine failed in a step: {type(error).__name__}.")
             )
+            _log.exception("a step failed; its requests end with an error", request_ids=origins(failed))
+            self._failed += failed
             self._distrust_pool()
         if outputs or self._failed:
+            if self._request_log.is_on:
+                self._request_log.told(outputs, self._failed)
             self._events.append(OutputBatch(outputs=outputs, failed=self._failed))
             self._failed = []
         self._append_stats()
@@ -259,6 +269,8 @@ class Engine:
             self._follow_tiers()
         for page_in in plan.page_ins:
             self._parts.runner.page_in(self._parts.directory.image(page_in.ref), page_in.pages)
+            if self._parts.runner.has_arrived(page_in.identity):
+                self._parts.scheduler.page_ins.note_copied(page_in.identity)
 
     def _follow_tiers(self) -> None:
         self._parts.runner.forget(self._parts.reports.follow())

@@ -76,7 +76,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the process that supervises this one
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     arguments = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineArguments)
-    configure_logs(arguments.log_level, arguments.log_format)
+    configure_logs(arguments.log_level, arguments.log_format, process="engine")
     threading.Thread(target=_exit_with_parent, name="lifeline", daemon=True).start()
     with zmq.Context() as context:
         port = SocketPort(context, arguments)

@@ -133,7 +133,9 @@ class EngineRequests:
                 request.finish(output.index)
         for failure in failed:
             if failure.request_id in self._open:
-                self._open[failure.request_id].outputs.put_nowait(failure.error.to_error())
+                error = failure.error.to_error()
+                error.times = failure.times
+                self._open[failure.request_id].outputs.put_nowait(error)
 
     def _answer(self, call_id: str, answer: CallDone | LoraplexError) -> None:
         future = self._calls.get(call_id)

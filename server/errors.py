@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from loraplex.server.span_times import FailTimes
+
 
 class LoraplexError(Exception):
     """Root of all errors meant for users.
@@ -16,6 +18,9 @@ class LoraplexError(Exception):
         message: one sentence: what was wrong, and what is accepted.
         param: name of the request field or tensor key at fault, where there is one.
         code: machine-readable code of the OpenAI error body, where there is one.
+
+    Attributes:
+        times: of the engine's, where a request failed there.
     """
 
     status: ClassVar[int] = 500
@@ -28,6 +33,7 @@ class LoraplexError(Exception):
         self.message = message
         self.param = param
         self.code = code if code is not None else self.default_code
+        self.times: FailTimes | None = None
 
 
 class InvalidRequestError(LoraplexError):

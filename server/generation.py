@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
@@ -13,7 +14,7 @@ from loraplex.server.errors import EngineError, LoraplexError
 from loraplex.server.generation_job import Job
 from loraplex.server.messages import Generate, TokenOutput
 from loraplex.server.metrics import ServerMetrics
-from loraplex.server.request_timing import RequestTiming
+from loraplex.server.request_timing import Failure, RequestTiming
 from loraplex.server.slo_hints import NO_HINTS, SloHints
 from loraplex.server.tenant_metrics import TenantCounts
 from loraplex.server.tokens import TextTokenizer
@@ -25,6 +26,10 @@ class Generation:
     """One job on its way. ``deltas`` may be iterated once; the counts grow while it is.
 
     Closing ``deltas`` early aborts what the engine still works on.
+
+    Attributes:
+        outcome: ``finished``, ``failed``, or ``aborted`` until it is known better.
+        finish_reasons: of the choices that are over, in that order.
     """
 
     def __init__(
@@ -42,6 +47,8 @@ class Generation:
         self.hints = hints
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.outcome = "aborted"
+        self.finish_reasons: list[Finish] = []
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
@@ -73,7 +80,7 @@ class Generation:
         Raises:
             LoraplexError: the engine failed the request.
         """
-        outcome = "aborted"
+        self.timing.sent = time.monotonic()
         self._metrics.add_prompt_tokens(self.kind, self.job.prompt_tokens)
         self._tenant.request_began(self.job.prompt_tokens)
         try:
@@ -82,14 +89,15 @@ class Generation:
                     if (delta := self._accept(at, output)) is not None:
                         yield delta
             self._check_complete()
-            outcome = "finished"
+            self.outcome = "finished"
         except LoraplexError:
-            outcome = "failed"
+            self.outcome = "failed"
             raise
         finally:
-            self._metrics.request_ended(self.kind, outcome, self.timing.elapsed)
+            self.timing.ended = time.monotonic()
+            self._metrics.request_ended(self.kind, self.outcome, self.timing.elapsed)
             self._tenant.request_ended(self.cached_tokens, had_tokens=self.timing.first_token is not None)
-            self._metrics.slo.count(self.hints, self.timing, outcome)
+            self._metrics.slo.count(self.hints, self.timing, self.outcome)
 
     async def _outputs(self) -> AsyncGenerator[Numbered, None]:
         """The outputs of all commands, each with its command's number."""
@@ -102,26 +110,34 @@ class Generation:
         """One command's outputs. Where its prompt is scored, choice 0 comes first: it brings the scores for all."""
         waiting: list[TokenOutput] = []
         scored = command.params.prompt_logprobs is None
-        async with aclosing(self._engine.generate(command)) as outputs:
-            async for output in outputs:
-                if not scored and output.index != 0:
-                    waiting.append(output)
-                    continue
-                yield at, output
-                scored = True
-                while waiting:
-                    yield at, waiting.pop(0)
+        try:
+            async with aclosing(self._engine.generate(command)) as outputs:
+                async for output in outputs:
+                    if not scored and output.index != 0:
+                        waiting.append(output)
+                        continue
+                    yield at, output
+                    scored = True
+                    while waiting:
+                        yield at, waiting.pop(0)
+        except LoraplexError as error:
+            if error.times is not None:
+                self.timing.failed = Failure(at, error.times)
+            raise
 
     def _accept(self, at: int, output: TokenOutput) -> Delta | None:
         choice = self._choice(at, output)
         if choice.ended:
             return None
+        if output.began is not None:
+            self.timing.began(at, output)
         if output.finish_reason == "abort":
             raise EngineError("The engine ended the request before it was finished.")
         before = choice.num_tokens
         delta = choice.accept(output)
         self._observe(choice.index, output, choice.num_tokens - before)
         if delta is not None and delta.finish_reason is not None:
+            self.timing.prompt(at).choice_over(output.over)
             self._finish(delta.finish_reason, self.job.commands[at].request_id, output)
         return delta
 
@@ -161,6 +177,7 @@ class Generation:
 
     def _finish(self, reason: Finish, request_id: str, output: TokenOutput) -> None:
         self._num_finished += 1
+        self.finish_reasons.append(reason)
         self._metrics.choice_finished(self.kind, reason)
         if output.finish_reason is None:
             self._engine.abort_choice(request_id, output.index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -56,6 +56,11 @@ class Job:
     text: TextOptions
     n: int
     echoes: tuple[str | None, ...] | None = None
+
+    def named(self, origin: str) -> Job:
+        """The same job, whose commands carry what logs call the request."""
+        commands = tuple(msgspec.structs.replace(command, origin=origin) for command in self.commands)
+        return replace(self, commands=commands)
 
     @property
     def prompt_tokens(self) -> int:

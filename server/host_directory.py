@@ -12,6 +12,7 @@ from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.adapter_store import AdapterStore, Content, Failed, Loading, Ready
 from loraplex.memory.merge_recipe import PREFIX
 from loraplex.server.adapter_directory import AdapterFailed, AdapterLoading, AdapterReady, AdapterStatus
+from loraplex.server.engine_log import adapter_failed, debug
 from loraplex.server.errors import (
     AdapterInvalidError,
     AdapterTooLargeError,
@@ -21,6 +22,7 @@ from loraplex.server.errors import (
 )
 from loraplex.server.messages import AdapterInfo, AdapterRef, AdapterState, AdapterTier, ErrorInfo
 from loraplex.server.request import AdapterPages
+from loraplex.server.span_times import AdapterLoad, short_identity
 
 _MAX_MERGES = 1000
 
@@ -37,6 +39,7 @@ class HostDirectory:
         pool_pages: size of the pool.
         num_layers: of the model.
         expire: has a path's remote source asked at its next read whether it has changed.
+        last_fetch: when a path's remote source was fetched last, in monotonic seconds.
     """
 
     def __init__(
@@ -46,9 +49,13 @@ class HostDirectory:
         pool_pages: int,
         num_layers: int = 0,
         expire: Callable[[str], None] | None = None,
+        last_fetch: Callable[[str], tuple[float, float] | None] | None = None,
     ) -> None:
         self._store = store
         self._expire = expire
+        self._last_fetch = last_fetch
+        self._loads: dict[Key, tuple[AdapterLoad, ...]] = {}
+        self._failed_at: dict[Key, float] = {}
         self._resident = resident
         self._pool_pages = pool_pages
         self._num_layers = num_layers
@@ -68,18 +75,23 @@ class HostDirectory:
         key = _key(ref)
         known = self._known.get(key)
         if known is not None and (key in self._pinned or self._resident.is_resident(known.identity)):
-            return self._ready(known)
+            return self._ready(known, self._loads.get(key, ()))
         if is_merged(key):
             self._remember_merge(key)
         self._store.request(ref.path, ref.revision)
         match self._store.state(ref.path, ref.revision):
-            case Ready(content=content):
+            case Ready(content=content) as ready:
                 if not self._pin_held(ref):
                     return AdapterLoading()
-                self._note(ref, content)
-                return self._ready(content)
-            case Failed(error):
-                return AdapterFailed(to_loraplex_error(ref, error))
+                loads = self._loads_of(ref, ready)
+                self._note(ref, content, loads)
+                return self._ready(content, loads)
+            case Failed(error, at):
+                reason = to_loraplex_error(ref, error)
+                if self._failed_at.get(key) != at:
+                    self._failed_at[key] = at
+                    adapter_failed(ref, reason.message)
+                return AdapterFailed(reason)
             case _:
                 return AdapterLoading()
 
@@ -92,8 +104,24 @@ class HostDirectory:
             if oldest is not None:
                 del self._merges[oldest]
                 self._store.forget(*oldest)
+                self._failed_at.pop(oldest, None)
 
-    def _ready(self, content: Content) -> AdapterReady:
+    def _loads_of(self, ref: AdapterRef, ready: Ready) -> tuple[AdapterLoad, ...]:
+        """What brought an image to the host: reading it from disk, and fetching it before, if that was part of it."""
+        known, num_bytes = self._loads.get(_key(ref)), ready.content.num_bytes
+        if known is not None and known[-1].ended == ready.ended:
+            return known
+        seconds, identity = round(ready.ended - ready.started, 6), short_identity(ready.content.identity)
+        debug("an adapter was loaded", adapter=ref.name, adapter_identity=identity, seconds=seconds, bytes=num_bytes)
+        fetch = None if self._last_fetch is None else self._last_fetch(ref.path)
+        if fetch is None or not ready.started <= fetch[0] <= fetch[1] <= ready.ended:
+            return (AdapterLoad("disk", "host", ready.started, ready.ended, num_bytes),)
+        return (
+            AdapterLoad("remote", "disk", *fetch, num_bytes),
+            AdapterLoad("disk", "host", fetch[1], ready.ended, num_bytes),
+        )
+
+    def _ready(self, content: Content, loads: tuple[AdapterLoad, ...]) -> AdapterReady:
         return AdapterReady(
             content.identity,
             content.num_pages,
@@ -101,6 +129,9 @@ class HostDirectory:
             _mix_problem(content),
             content.routes_by_token,
             not self._num_layers or content.first_kv_layer < self._num_layers,
+            content.kind,
+            content.num_bytes,
+            loads,
         )
 
     def is_at_hand(self, ref: AdapterRef) -> bool:
@@ -192,6 +223,7 @@ class HostDirectory:
         """Let go of a registration; what runs under it goes on."""
         key = _key(ref)
         self._store.forget(*key)
+        self._failed_at.pop(key, None)
         retained = self._retained.pop(key, None)
         if retained is not None:
             self._resident.unkeep(retained, by=repr(key))
@@ -200,6 +232,7 @@ class HostDirectory:
     def _unknow(self, key: Key) -> None:
         """Forget what a registration stands for; a content that nothing stands for any more leaves the pool."""
         self._names.pop(key, None)
+        self._loads.pop(key, None)
         gone = self._known.pop(key, None)
         if gone is None:
             return
@@ -259,8 +292,10 @@ class HostDirectory:
         refs = {identity: self.ref_of(identity) for identity in counts}
         return {ref.name: counts[identity] for identity, ref in refs.items() if ref is not None}
 
-    def _note(self, ref: AdapterRef, content: Content) -> None:
+    def _note(self, ref: AdapterRef, content: Content, loads: tuple[AdapterLoad, ...]) -> None:
         key = _key(ref)
+        if not is_merged(key):
+            self._loads[key] = loads
         # Adapters merged for a request have no name that could be listed, and there is no end to them.
         if key not in self._known and not is_merged(key):
             self._known[key] = content

@@ -37,6 +37,7 @@ class HttpConfig:
         metrics_share: the most of the event loop's time that writing metrics may take; scrapes in between are given
             the last page.
         ping_seconds: a stream that was silent for so long gets a comment.
+        access_log: whether to log a line for each request.
     """
 
     model_name: str
@@ -58,3 +59,4 @@ class HttpConfig:
     metrics_compat: MetricsCompat = "none"
     metrics_share: float = 0.05
     ping_seconds: float = 15.0
+    access_log: bool = True

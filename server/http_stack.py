@@ -26,6 +26,7 @@ from loraplex.server.lifecycle import Lifecycle
 from loraplex.server.registry_file import RegistryFile, SavedAdapter
 from loraplex.server.settings import Settings
 from loraplex.server.tokens import load_tokenizer
+from loraplex.server.tracing import make_tracing
 
 _log = structlog.get_logger(__name__)
 _KEEP_ALIVE_SECONDS = 75
@@ -55,6 +56,7 @@ def make_server(engine: EngineClient, settings: Settings) -> tuple[DrainingServe
         lifecycle=lifecycle,
         state=state,
         watch=_watch(settings, registered) if settings.watch else None,
+        tracing=make_tracing(settings.otlp_endpoint),
     )
     uvicorn_config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS)
     server = DrainingServer(uvicorn_config, lifecycle, drain_seconds=settings.drain_seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ class Lifecycle:
     """
 
     draining: bool = False
+    drain_began: float | None = None
     expired: bool = False
     _open: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -31,6 +33,12 @@ class Lifecycle:
     def begin_drain(self) -> None:
         """From now on new work is refused. Safe to call from a signal handler."""
         self.draining = True
+        self.drain_began = self.drain_began or time.monotonic()
+
+    def seconds_left(self, drain_seconds: float) -> float:
+        """How long what is left to do at the end may take: what is left of the drain, from half a second to five."""
+        gone = 0.0 if self.drain_began is None else time.monotonic() - self.drain_began
+        return max(0.5, min(5.0, drain_seconds - gone))
 
     def expire(self) -> None:
         """Ends what is still open. To be called in the event loop."""

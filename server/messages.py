@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from loraplex.server.errors import ERRORS_BY_NAME, EngineError, LoraplexError
+from loraplex.server.span_times import BeginTimes, EndTimes, FailTimes
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -70,7 +71,8 @@ class Generate(Message, frozen=True, kw_only=True):
     """Generate ``n`` choices for one prompt under one adapter, or under a mix of them, or the base model alone.
 
     ``adapter`` is None for the base model and where there is a ``mix``. ``return_routing`` asks for the experts that
-    routers chose for each token. Only requests of equal ``cache_salt`` begin with each other's K/V.
+    routers chose for each token. Only requests of equal ``cache_salt`` begin with each other's K/V. ``origin`` is what
+    logs call the request.
     """
 
     request_id: str
@@ -81,6 +83,7 @@ class Generate(Message, frozen=True, kw_only=True):
     n: int = 1
     return_routing: bool = False
     cache_salt: str = ""
+    origin: str = ""
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -174,7 +177,8 @@ class TokenOutput(Message, frozen=True, kw_only=True):
     ``logprobs`` has one entry per token id where asked for. ``prompt_logprobs`` comes once, with the first output of
     choice 0, with None for the first prompt token. Times are seconds, sent with the first output of a choice.
     ``routing``, where asked for, covers the tokens computed since the last output of the choice; ``start`` counts from
-    the start of the prompt, and ``adapter`` is the adapter's name.
+    the start of the prompt, and ``adapter`` is the adapter's name. ``began`` comes once, with the first output of the
+    request, ``over`` with the last one of each choice.
     """
 
     request_id: str
@@ -187,6 +191,8 @@ class TokenOutput(Message, frozen=True, kw_only=True):
     queue_seconds: float | None = None
     adapter_load_seconds: float | None = None
     routing: list[RouterChoice] | None = None
+    began: BeginTimes | None = None
+    over: EndTimes | None = None
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,6 +216,8 @@ class RequestFailed(Message, frozen=True, kw_only=True):
 
     request_id: str
     error: ErrorInfo
+    times: FailTimes | None = None
+    origin: str = ""
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.server.adapter_directory import AdapterDirectory
 from loraplex.server.messages import AdapterRef
-from loraplex.server.request import AdapterPages
+from loraplex.server.request import AdapterPages, CopyTimes
 from loraplex.server.step_plan import PageIn
 
 
@@ -15,12 +18,17 @@ class PageIns:
     Args:
         adapters: in the pool.
         directory: of the images on the host.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, adapters: AdapterCache, directory: AdapterDirectory) -> None:
+    def __init__(
+        self, adapters: AdapterCache, directory: AdapterDirectory, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._adapters = adapters
         self._directory = directory
+        self._clock = clock
         self._under_way: dict[str, AdapterRef] = {}
+        self._times: dict[str, CopyTimes] = {}
 
     def __len__(self) -> int:
         return len(self._under_way)
@@ -41,10 +49,21 @@ class PageIns:
         self._adapters.pin(image.identity)
         self._directory.hold(image.ref)
         self._under_way[image.identity] = image.ref
+        self._times[image.identity] = CopyTimes(self._clock())
         return PageIn(image.identity, image.ref, pages)
+
+    def times(self, identity: str) -> CopyTimes:
+        """Of a copy under way; whoever keeps this sees when it ended."""
+        return self._times[identity]
+
+    def note_copied(self, identity: str) -> None:
+        """A copy under way is over; that the adapter has arrived is told later."""
+        self._times[identity].ended = self._clock()
 
     def end(self, identity: str) -> None:
         """An adapter has arrived."""
+        if (times := self._times.pop(identity)).ended is None:
+            times.ended = self._clock()
         self._directory.release_hold(self._under_way.pop(identity))
         self._adapters.unpin(identity)
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from loraplex.memory.prefix_cache import PageChain
 from loraplex.server.messages import AdapterRef, FinishReason, Generate, RouterChoice, SamplingParams, TokenLogprob
+from loraplex.server.span_times import AdapterLoad
 
 NEVER: Final = 2**31 - 1
 """A position behind any token: an adapter that starts here does not act at all."""
@@ -61,6 +62,7 @@ class Sequence:
         num_pending: 1 while the step in flight samples a token for it whose id is not known yet, else 0.
         num_tokens: the prompt's tokens, the sampled ones and the pending one; kept by ``expect`` and ``append``, as
             every step asks for it.
+        preempted_at: monotonic seconds of each time that it was preempted.
     """
 
     seq_id: int
@@ -86,6 +88,7 @@ class Sequence:
     holds_adapters: bool = False
     num_pending: int = 0
     num_tokens: int = field(init=False)
+    preempted_at: list[float] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.num_tokens = len(self.prompt_ids) + len(self.output_ids) + self.num_pending
@@ -173,13 +176,23 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPages:
-    """An adapter that is needed in the pool; for ``routes_by_token`` and ``changes_kv`` see ``AdapterReady``."""
+    """An adapter that is needed in the pool; for the fields with defaults see ``AdapterReady``."""
 
     identity: str
     ref: AdapterRef
     num_pages: int
     routes_by_token: bool = False
     changes_kv: bool = True
+    kind: str = ""
+    num_bytes: int = 0
+
+
+@dataclass(slots=True)
+class CopyTimes:
+    """When an adapter was copied into the pool, in monotonic seconds; ``ended`` is None until it has arrived."""
+
+    started: float
+    ended: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -204,6 +217,11 @@ class Request:
         first_lookup_at: monotonic seconds at which the adapters were first asked for.
         waited_for_adapter: whether an adapter was ever found loading.
         num_live: sequences that are not finished.
+        origin: what logs call it.
+        loads: what brought its adapters to the host since it arrived, by identity.
+        copies: what brought them into the pool when it was let in first, by identity.
+        failed_adapter: name of the one that could not be loaded, which was its end.
+        has_begun: whether its first output has been sent.
     """
 
     request_id: str
@@ -223,6 +241,11 @@ class Request:
     first_lookup_at: float | None = None
     waited_for_adapter: bool = False
     num_live: int = 0
+    origin: str = ""
+    loads: dict[str, tuple[AdapterLoad, ...]] = field(default_factory=dict, repr=False)
+    copies: dict[str, CopyTimes] = field(default_factory=dict, repr=False)
+    failed_adapter: str | None = None
+    has_begun: bool = False
 
     @property
     def is_mix(self) -> bool:
@@ -264,6 +287,7 @@ def make_request(
         return_routing=generate.return_routing,
         cache_salt=generate.cache_salt,
         adapters=None if weights else (),
+        origin=generate.origin,
     )
     seed = params.seed if params.seed is not None else secrets.randbits(64)
     counted = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)

@@ -16,7 +16,7 @@ from loraplex.server.http_config import HttpConfig
 from loraplex.server.http_errors import error_response, public_error, traceback_of
 from loraplex.server.lifecycle import Lifecycle
 from loraplex.server.metrics import ServerMetrics
-from loraplex.server.request_trace import RequestTrace, new_trace
+from loraplex.server.request_trace import RequestTrace, trace_of
 from loraplex.server.request_uploads import is_upload
 from loraplex.server.tenant_metrics import CLIENT_GONE
 from loraplex.server.tenants import DEFAULT_TENANT, Tenants
@@ -41,7 +41,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        trace = new_trace(scope)
+        trace = trace_of(scope)
 
         async def send_traced(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -120,8 +120,7 @@ class RequestMiddleware:
                 raise error
             _uncancel()
         elif not isinstance(error, LoraplexError):
-            fields = {"request_id": trace.request_id, "tenant": trace.tenant, "path": scope["path"]}
-            self._log.error("request_failed", **fields, exception=traceback_of(error))
+            self._log.error("request_failed", path=scope["path"], exception=traceback_of(error))
         public = public_error(error)
         trace.error_type = public.type
         if trace.status is None:

@@ -7,8 +7,11 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+from opentelemetry.trace import Span
 from starlette.datastructures import Headers
 from starlette.types import Scope
+
+from loraplex.server.generation_record import GenerationRecord
 
 TRACE_KEY = "loraplex.trace"
 ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -16,13 +19,22 @@ ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 @dataclass(slots=True)
 class RequestTrace:
-    """One request. ``error_type`` is set by whoever answers it with an error, ``tenant`` once its key is known."""
+    """One request. ``error_type`` is set by whoever answers it with an error, ``tenant`` once its key is known.
+
+    Attributes:
+        span: of the server, while it records and has not ended.
+        traceparent: for the answer: names the server's span, or the client's own where nothing is traced.
+        generation: what it generates, once the engine is to begin.
+    """
 
     request_id: str
     started: float = field(default_factory=time.monotonic)
     error_type: str | None = None
     status: int | None = None
     tenant: str | None = None
+    span: Span | None = None
+    traceparent: str | None = None
+    generation: GenerationRecord | None = None
 
     @property
     def elapsed(self) -> float:

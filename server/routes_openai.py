@@ -21,6 +21,7 @@ from loraplex.server.errors import LoraplexError, ModelNotFoundError
 from loraplex.server.field_rules import refuse_unserved, unknown_fields
 from loraplex.server.generation import Generation
 from loraplex.server.generation_job import Job, Target
+from loraplex.server.generation_record import GenerationRecord
 from loraplex.server.http_errors import error_body, public_error, traceback_of
 from loraplex.server.lifecycle import check_ready
 from loraplex.server.request_body import body_schema, read_body
@@ -109,6 +110,8 @@ class Answers:
         if body.stream_options is not None and not body.stream:
             ignored.append("stream_options")
         chosen = self._adapters.choose(body)
+        if names := [part.adapter.name for part in chosen.parts]:
+            structlog.contextvars.bind_contextvars(adapter=names[0] if len(names) == 1 else names)
         check_ready(self._edge.engine)
         return Admitted(target=Target(info=self._edge.engine.info, chosen=chosen), ignored=ignored)
 
@@ -125,9 +128,21 @@ class Answers:
         timing = RequestTiming(started=trace.started)
         tenant = edge.metrics.tenants[trace.tenant or DEFAULT_TENANT]
         hints = slo_hints(request.headers)
-        generation = Generation(job, edge.engine, edge.tokenizer, edge.metrics, timing, tenant, hints)
+        named = job.named(trace.request_id)
+        generation = Generation(named, edge.engine, edge.tokenizer, edge.metrics, timing, tenant, hints)
         head = head_of(body, answer_id, edge.config.model_name, admitted.target)
-        headers = self._headers(admitted.ignored, trace)
+        parts = admitted.target.chosen.parts
+        trace.generation = GenerationRecord(
+            operation="chat" if isinstance(body, ChatCompletionRequest) else "text_completion",
+            model=head.model,
+            base_name=edge.config.model_name,
+            answer_id=answer_id,
+            adapters=[part.adapter.name for part in parts],
+            weights=[part.weight for part in parts],
+            stream=bool(body.stream),
+            generation=generation,
+        )
+        headers = self._headers(admitted.ignored)
         if not body.stream:
             answer = await until_disconnect(request.receive, whole_answer(generation, head, shape))
             return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
@@ -138,10 +153,10 @@ class Answers:
             headers=headers,
         )
 
-    def _headers(self, ignored: list[str], trace: RequestTrace) -> dict[str, str]:
+    def _headers(self, ignored: list[str]) -> dict[str, str]:
         if not ignored:
             return {}
-        self._log.debug("ignored_fields", request_id=trace.request_id, fields=ignored)
+        self._log.debug("ignored_fields", fields=ignored)
         return {IGNORED_HEADER: ", ".join(ignored)}
 
     def _describe(self, error: BaseException, trace: RequestTrace) -> dict[str, Any]:
@@ -149,7 +164,7 @@ class Answers:
         public = public_error(error)
         trace.error_type = public.type
         if isinstance(error, Exception) and not isinstance(error, LoraplexError):
-            self._log.error("stream_failed", request_id=trace.request_id, exception=traceback_of(error))
+            self._log.error("stream_failed", exception=traceback_of(error))
         return error_body(public)
 
 

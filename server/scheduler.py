@@ -41,7 +41,6 @@ from loraplex.server.errors import LoraplexError, OverloadedError
 from loraplex.server.messages import (
     AdapterRef,
     AdapterTier,
-    ErrorInfo,
     Generate,
     RequestFailed,
     RouterChoice,
@@ -53,7 +52,7 @@ from loraplex.server.prefetch import Prefetcher
 from loraplex.server.request import Request, Sequence, SequenceState, make_request
 from loraplex.server.scheduler_checks import check_ownership
 from loraplex.server.scheduler_config import SchedulerConfig
-from loraplex.server.step_output import collect_prompt_logprobs, collect_routing, make_output
+from loraplex.server.step_output import collect_prompt_logprobs, collect_routing, make_output, request_failed
 from loraplex.server.step_plan import Chunk, PageIn, SampledToken, StepPlan, cut_chunk
 
 __all__ = [
@@ -104,7 +103,7 @@ class Scheduler:
         self._kv = kv
         self._adapters = adapters
         self._clock = clock
-        self.page_ins = PageIns(adapters, directory)
+        self.page_ins = PageIns(adapters, directory, clock)
         self.prefetcher = Prefetcher(config.max_prefetches, pool, adapters, directory, self.page_ins)
         self._admission = Admission(config, pool, kv, adapters, directory, self.page_ins, note_arrival, clock)
         self._requests: dict[str, Request] = {}
@@ -195,10 +194,10 @@ class Scheduler:
 
     def fail(self, request_id: str, error: LoraplexError) -> RequestFailed | None:
         """End a request with an error. Returns what its client is to be told; None if it is not open."""
-        if request_id not in self._requests:
+        if (request := self._requests.get(request_id)) is None:
             return None
         self.abort(request_id)
-        return RequestFailed(request_id=request_id, error=ErrorInfo.of(error))
+        return request_failed(request, error, self._clock())
 
     def fail_all(self, error: LoraplexError) -> list[RequestFailed]:
         """End every request with an error and give up the steps in flight.
@@ -297,6 +296,7 @@ class Scheduler:
         self._give_up_pages(sequence)
         sequence.enter(SequenceState.WAITING)
         sequence.num_computed = 0
+        sequence.preempted_at.append(self._clock())
         self._admission.submit(sequence)
         self.preemptions += 1
 
@@ -361,7 +361,7 @@ class Scheduler:
         reason = sequence.finish_reason()
         if reason is not None:
             self._end(sequence)
-        return make_output(sequence, result, reason)
+        return make_output(sequence, result, reason, self._clock)
 
     def _end(self, sequence: Sequence) -> None:
         """Finish a sequence, whatever it was doing."""

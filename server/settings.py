@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ from loraplex.server.http_config import HttpConfig, MetricsCompat
 from loraplex.server.tenants import parse_tenant_keys
 
 PREFIX = "LORAPLEX_"
+_HTTP_ADDRESS = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 CLIENT_VARIABLES = frozenset({"LORAPLEX_URL", "LORAPLEX_API_KEY"})
 """Read by the clients, not by the server."""
 
@@ -184,6 +186,12 @@ class Settings(BaseSettings):
     engine: Literal["process", "inline"] = Field("process", description="inline runs the engine in the HTTP process.")
     log_level: LogLevel = Field("info", description="Least severe messages to log.")
     log_format: LogFormat = Field("console", description="json writes one object a line.")
+    access_log: bool = Field(True, description="Log a line for each request; those of probes at level debug.")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="Address of an OpenTelemetry collector that traces are sent to (OTLP over HTTP), such as "
+        "http://collector:4318; needs the extra `otel`. If absent, OTEL_EXPORTER_OTLP_ENDPOINT counts.",
+    )
 
     @field_validator("adapter", "adapter_roots", "adapter_sources", "api_keys", "tenant_keys", mode="before")
     @classmethod
@@ -220,6 +228,15 @@ class Settings(BaseSettings):
         if any(one.key in config.api_keys for one in config.tenant_keys):
             raise PydanticCustomError("keys", "a key must not be in 'api_keys' and in 'tenant_keys'")
         return self
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and _HTTP_ADDRESS.fullmatch(value) is None:
+            raise ValueError(
+                "accepted is http://HOST:PORT or https://HOST:PORT with or without a path; no user, no query"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check_watch(self) -> Self:
@@ -261,6 +278,7 @@ class Settings(BaseSettings):
             metrics_compat=self.metrics_compat,
             max_routing_tokens=self.max_routing_tokens,
             drain_seconds=self.drain_seconds,
+            access_log=self.access_log,
         )
 
 

@@ -110,7 +110,7 @@ def build_tiers(
     pool = PagePool(num_pages, on_release=on_release, order=_order(config))
     adapters = AdapterCache(pool, pool_rates, costs.of_adapter)
     kv = KvCache(pool, shape.page_tokens, PrefixCache(pool, pool_rates, costs.of_page))
-    directory = HostDirectory(store, adapters, num_pages, base.num_layers, sources.expire)
+    directory = HostDirectory(store, adapters, num_pages, base.num_layers, sources.expire, sources.last_fetch)
     return Tiers(pool, kv, adapters, store, directory, pool_rates, rates, costs, cache)
 
 

@@ -364,3 +364,15 @@ def test_arguments_that_cannot_work_are_refused_by_name(arguments: dict[str, Any
     assert caught.value.param == param
     assert isinstance(caught.value, LoraplexClientError)
     assert isinstance(caught.value, ValueError)
+
+
+def test_headers_go_with_every_call_but_never_in_place_of_the_key(server: Any, reply: Any) -> None:
+    server.say(reply(body=COMPLETION))
+    sent = {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "Authorization": "mine"}
+    with Client(server.url, api_key="sk-1", headers=sent) as client:
+        client.generate("Hi")
+    [heard] = server.received
+    assert heard.headers["traceparent"] == sent["traceparent"]
+    assert heard.headers["authorization"] == "Bearer sk-1"
+    with pytest.raises(InvalidConfiguration, match="header 'x' cannot be sent"):
+        Client(server.url, headers={"x": "a\nb"})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_a_merge_takes_adapters_from_anywhere(folder: Path, base_shape: BaseShap
     expected = read_source(recipe(str(folder), str(folder)), base_shape).identity
     for path in (f"file://{folder}", "s3://bucket/a", "hf://org/name"):
         assert reader(recipe(str(folder), path), base_shape).identity == expected
+
+
+def test_it_is_known_when_a_source_was_fetched(folder: Path, base_shape: BaseShape, tmp_path: Path) -> None:
+    reader = SourceReader(DiskCache(tmp_path / "cache", 1 << 20, FolderRemote(folder)))
+    before = time.monotonic()
+    assert reader.last_fetch("s3://bucket/a") is None
+    reader("s3://bucket/a", base_shape)
+    began, ended = reader.last_fetch("s3://bucket/a") or (0.0, 0.0)
+    assert before <= began <= ended <= time.monotonic()
+    reader("s3://bucket/a", base_shape)
+    assert reader.last_fetch("s3://bucket/a") == (began, ended), "it was there already"
+    assert reader.last_fetch(str(folder)) is reader.last_fetch(recipe("s3://bucket/a", str(folder))) is None
 
 
 def test_options_and_errors_are_those_of_the_reader_of_folders(folder: Path, base_shape: BaseShape) -> None:

@@ -248,3 +248,16 @@ def test_the_engine_gets_its_share_of_the_tiers(tmp_path: Path) -> None:
     assert load().engine_config().cache_dir is None
     assert "max_pinned_fraction" in fault(max_pinned_fraction=1.5)
     assert "eviction" in fault(eviction="fifo")
+
+
+@pytest.mark.parametrize(
+    "address", ["collector:4318", "http://user:pass@host", "http://host?token=1", "grpc://host", ""]
+)
+def test_the_address_of_a_collector_holds_no_secret(address: str) -> None:
+    with pytest.raises(SettingsError, match="otlp_endpoint: accepted is http://HOST:PORT") as failure:
+        load_settings({"model": "m", "otlp_endpoint": address})
+    assert "pass" not in str(failure.value)
+
+
+def test_a_collector_may_have_a_path() -> None:
+    assert load_settings({"model": "m", "otlp_endpoint": "https://host/otlp"}).otlp_endpoint == "https://host/otlp"

@@ -217,3 +217,23 @@ def test_a_mix_waits_behind_one_that_the_host_cannot_hold_and_goes_on_when_that_
     wait_until(lambda: host.step() == ["second"])
     assert host.failed == {"too many": "AdapterTooLargeError"}
     assert not host.scheduler.has_work
+
+
+def test_a_load_is_told_with_its_fetch_where_that_was_part_of_it(make_host: Callable[[int], Host]) -> None:
+    host = make_host(2)
+    status = host.ready("plain")
+    [load] = status.loads
+    assert (load.source, load.target, load.num_bytes) == ("disk", "host", UNIT)
+    assert load.ended is not None
+    assert 0 < load.started <= load.ended <= time.monotonic()
+    directory = HostDirectory(
+        host.store, AdapterCache(host.pool), 100, last_fetch=lambda _: (load.started, load.started)
+    )
+    fetched = directory.lookup(ref("plain"))
+    assert isinstance(fetched, AdapterReady)
+    assert [(one.source, one.target) for one in fetched.loads] == [("remote", "disk"), ("disk", "host")]
+    assert fetched.loads[1].ended == load.ended
+    directory = HostDirectory(host.store, AdapterCache(host.pool), 100, last_fetch=lambda _: (0.0, 0.0))
+    long_ago = directory.lookup(ref("plain"))
+    assert isinstance(long_ago, AdapterReady)
+    assert long_ago.loads == (load,)
