@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 ROOMS := server memory kernels clients
 IMAGE ?= loraplex:0.1.0
+WORKERS ?= 2
 
 .PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
 .PHONY: bench-tiers bench-pool bench-cold soak-identity docs-test image deploy-test
@@ -29,7 +30,7 @@ types: $(STAMP)
 	$(BIN)/mypy $(addprefix .types/loraplex/,$(ROOMS))
 
 unit: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

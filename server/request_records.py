@@ -10,8 +10,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.server.access_log import log_request
-from loraplex.server.request_middleware import CLIENT_GONE, OPEN_PATHS
+from loraplex.server.request_middleware import OPEN_PATHS
 from loraplex.server.request_trace import RequestTrace, new_trace
+from loraplex.server.tenant_metrics import CLIENT_GONE
 from loraplex.server.tracing import RequestSpans
 
 TRACEPARENT = "traceparent"
