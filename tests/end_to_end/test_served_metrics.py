@@ -45,6 +45,7 @@ def pool_hits(metrics: Any) -> float:
 @pytest.fixture
 def traffic(demo: Any, wait_until: Callable[..., bool]) -> Any:
     """Metrics before and after: an answer of ten tokens from the base, two from an adapter, and an error."""
+    demo.ask("hi", max_tokens=1)  # counters of answers by status appear with the first one
     assert wait_until(demo.is_idle)
     before = demo.metrics()
     ten: Any = {"messages": HI, "max_tokens": 10, "ignore_eos": True}
