@@ -12,7 +12,7 @@ fail() { printf 'deploy-test: %s\n' "$1" >&2; exit 1; }
 python=$PWD/.venv/bin/python
 [ -x "$python" ] || fail "there is no .venv: use \`make deploy-test\`"
 
-declare -A package_of=([buildah]=buildah [podman]=podman [runc]=runc [debootstrap]=debootstrap [prometheus]=prometheus
+declare -A package_of=([buildah]=buildah [catatonit]=catatonit [podman]=podman [runc]=runc [debootstrap]=debootstrap [prometheus]=prometheus
     [promtool]=prometheus)
 missing=()
 for tool in "${!package_of[@]}"; do
