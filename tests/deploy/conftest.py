@@ -111,18 +111,21 @@ def render(chart_folder: Path) -> Callable[..., Release]:
     """``render({"demo": True}, kube="1.20.2", name="lp")``: a Release; Helm's errors are raised."""
     helm = pytest.importorskip("helm_python")
     chart = helm.Chart.load(chart_folder)
+    made: dict[tuple[int, str, str], tuple[str, str]] = {}
 
     def render(
         values: dict[str, Any], kube: str = "1.33.0", name: str = "lp", namespace: str = "models", of: Any = chart
     ) -> Release:
         options = {"name": name, "namespace": namespace, "kube_version": f"v{kube}", "strict": True}
-        # The library's own render() does not pass the version on.
-        texts: dict[str, str] = json.loads(
-            helm._native.call_string("helm_render", of._raw(), json.dumps(values), json.dumps(options))
-        )
-        manifests = {path: text for path, text in texts.items() if not path.endswith("NOTES.txt")}
-        notes = next(text for path, text in texts.items() if path not in manifests)
-        return Release([one for text in manifests.values() for one in _documents(text)], notes)
+        key = (id(of), json.dumps(values), json.dumps(options))
+        if key not in made:
+            # The library's own render() does not pass the version on.
+            texts = json.loads(helm._native.call_string("helm_render", of._raw(), *key[1:]))
+            manifests = [text for path, text in texts.items() if not path.endswith("NOTES.txt")]
+            notes = next(text for path, text in texts.items() if path.endswith("NOTES.txt"))
+            made[key] = json.dumps([one for text in manifests for one in _documents(text)]), notes
+        objects, notes = made[key]
+        return Release(json.loads(objects), notes)
 
     return render
 
