@@ -51,7 +51,11 @@ class AdapterChooser:
             ModelNotFoundError: a name is not served.
             InvalidRequestError: the fields contradict each other, or a list breaks a rule.
         """
-        merged, asked = body.merged_adapters, body.adapter_id
+        merged, asked = body.merged_adapters, body.named_adapter
+        if body.lora_path is not None and asked != body.lora_path:
+            raise InvalidRequestError(
+                "'lora_path' is another name for 'adapter_id', and they differ; give one.", param="lora_path"
+            )
         if merged is not None and asked:
             raise InvalidRequestError("'merged_adapters' and 'adapter_id' are both given; give one.", param=MERGED)
         if merged is not None:

@@ -86,7 +86,7 @@ def fingerprint(info: EngineInfo, chosen: AdapterChoice) -> str:
 
 def head_of(body: GenerationRequest, answer_id: str, base_name: str, target: Target) -> AnswerHead:
     """The head of an answer. ``model`` is what the client asked for; where it lists adapters, the base's name."""
-    asked = body.model or (body.adapter_id if isinstance(body.adapter_id, str) else None)
+    asked = body.model or (body.named_adapter if isinstance(body.named_adapter, str) else None)
     return AnswerHead(
         id=answer_id,
         model=asked or base_name,

@@ -146,10 +146,11 @@ AdapterId = Annotated[
 
 
 class GenerationRequest(RequestModel):
-    """What completions and chat completions have in common."""
+    """What completions and chat completions have in common. ``lora_path`` is SGLang's name for ``adapter_id``."""
 
     model: str | None = None
     adapter_id: AdapterId | None = None
+    lora_path: AdapterName | None = None
     merged_adapters: MergedAdapters | None = None
     return_routing: bool | None = None
     cache_salt: Annotated[str, StringConstraints(max_length=MAX_SALT_LENGTH)] | None = None
@@ -192,6 +193,11 @@ class GenerationRequest(RequestModel):
     ) = None
     store: bool | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+
+    @property
+    def named_adapter(self) -> str | AdapterMix | None:
+        """What ``adapter_id`` or its other name ask for; falsy for what ``model`` says."""
+        return self.adapter_id or self.lora_path
 
 
 class CompletionRequest(GenerationRequest):

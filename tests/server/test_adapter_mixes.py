@@ -101,7 +101,7 @@ def test_the_fingerprint_tells_weights_apart(client: TestClient) -> None:
 def test_a_mix_counts_as_an_adapter_in_the_metrics(client: TestClient) -> None:
     ask(client, adapter_id=parts(("red", 0.7), ("blue", 0.3)))
     lines = client.get("/metrics").text.splitlines()
-    assert 'loraplex_requests_total{kind="adapter",outcome="finished"} 1.0' in lines
+    assert 'loraplex_requests_total{kind="adapter",outcome="finished"} 1' in lines
 
 
 def test_the_pages_of_all_adapters_of_a_mix_are_not_there_for_its_prompts(
@@ -251,3 +251,21 @@ def test_the_openapi_page_shows_both_forms_of_adapter_id(client: TestClient) -> 
     assert "'type': 'string'" in text
     assert "'weight'" in text
     assert "$ref" not in str(schema)
+
+
+def test_sglangs_lora_path_names_the_adapter(client: TestClient, asked: list[Any], path: str) -> None:
+    by_path = ask(client, path, lora_path="red")
+    by_id = ask(client, path, lora_path="red", adapter_id="red")
+    assert by_path["model"] == by_id["model"]
+    assert [one.adapter for one in asked] == [RED, RED]
+
+
+@pytest.mark.parametrize("other", ["blue", parts(("red", 1.0))])
+def test_a_lora_path_that_differs_from_the_adapter_is_refused(client: TestClient, other: Any) -> None:
+    error = refusal(client, lora_path="red", adapter_id=other)
+    assert error["param"] == "lora_path"
+    assert "'adapter_id'" in error["message"]
+
+
+def test_an_unknown_lora_path_is_a_404(client: TestClient) -> None:
+    assert "green" in refusal(client, 404, lora_path="green")["message"]
