@@ -21,10 +21,17 @@ done
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || fail "missing: ${missing[*]}"
     say "install ${missing[*]}"
-    # The server of Debian's package must not start by itself.
-    [ -e /etc/systemd/system/prometheus.service ] || { mkdir -p /etc/systemd/system && ln -s /dev/null /etc/systemd/system/prometheus.service; }
+    # Packages may bring services, which nobody here wants to be started.
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e $policy ]; then
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod +x $policy
+        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+    fi
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    [ -z "$(trap -p EXIT)" ] || rm -f $policy
+    trap - EXIT
 fi
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/loraplex/deploy-test
@@ -33,6 +40,7 @@ work=$(mktemp -d /var/tmp/loraplex-deploy.XXXXXX)
 # shellcheck disable=SC2317
 clean_up() {
     status=$?
+    set +e
     trap - EXIT INT TERM
     podman pod rm --all --force --time 1 >/dev/null 2>&1
     podman rm --all --force --time 1 >/dev/null 2>&1
