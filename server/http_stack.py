@@ -57,7 +57,9 @@ def make_server(engine: EngineClient, settings: Settings) -> tuple[DrainingServe
         watch=_watch(settings, registered) if settings.watch else None,
     )
     uvicorn_config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS)
-    server = DrainingServer(uvicorn_config, lifecycle, drain_seconds=settings.drain_seconds)
+    server = DrainingServer(
+        uvicorn_config, lifecycle, drain_seconds=settings.drain_seconds, linger_seconds=settings.linger_seconds
+    )
     return server, tuple(adapter.ref.name for adapter in registry)
 
 
