@@ -4,6 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/settings.sh"
 action=$1 name=$2
+SHARE=6 # of the processors, where others want them too: as that many processes
 
 hierarchies() {
   if [[ -e /sys/fs/cgroup/cgroup.controllers ]]; then
@@ -19,6 +20,9 @@ make() {
   for hierarchy in $(hierarchies); do
     for cgroup in "$hierarchy/$name" "${NODES[@]/#/$hierarchy/$name/}"; do
       mkdir "$cgroup"
+      # All of the cluster would have the share of one process of the machine.
+      if [[ -e $cgroup/cpu.shares ]]; then echo "$((SHARE * 1024))" >"$cgroup/cpu.shares"; fi
+      if [[ -e $cgroup/cpu.weight ]]; then echo "$((SHARE * 100))" >"$cgroup/cpu.weight"; fi
       if [[ $hierarchy == */cpuset ]]; then # without these it takes no process
         cat "$hierarchy/cpuset.cpus" >"$cgroup/cpuset.cpus"
         cat "$hierarchy/cpuset.mems" >"$cgroup/cpuset.mems"

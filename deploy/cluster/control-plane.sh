@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # control-plane.sh FOLDER: starts etcd, the API server, the controllers, the scheduler and a proxy for services in the
-# present namespaces, and returns when the API server is ready. FOLDER holds keys/, and gets etcd/ and logs/.
+# present namespaces, and returns when the API server is ready. FOLDER holds keys/, and gets etcd/, logs/ and names/.
 set -euo pipefail
 source "$(dirname "$0")/settings.sh"
 folder=$1
 keys=$folder/keys
-mkdir -p "$folder/logs"
+mkdir -p "$folder/logs" "$folder/names"
 
 ip link set lo up
 ip link add nodes0 type bridge
@@ -39,6 +39,9 @@ start controller-manager kube-controller-manager \
   --flex-volume-plugin-dir "$folder/no-plugins" --cert-dir "$folder/controller-manager"
 start scheduler kube-scheduler --kubeconfig "$keys/scheduler.kubeconfig" --leader-elect=false \
   --cert-dir "$folder/scheduler"
+# Names of services: hosts files in names/, which whoever drives the cluster writes.
+start names dnsmasq --keep-in-foreground --user=root --pid-file= --conf-file=/dev/null --no-resolv --no-hosts \
+  --hostsdir="$folder/names" --bind-interfaces --listen-address="$BRIDGE_ADDRESS"
 # Whoever drives the cluster runs here, and reaches services as a node does.
 start proxy kube-proxy --kubeconfig "$keys/proxy.kubeconfig" --hostname-override control-plane --proxy-mode iptables \
   --bind-address "$BRIDGE_ADDRESS" \

@@ -63,7 +63,8 @@ authentication: {anonymous: {enabled: false}, x509: {clientCAFile: $keys/ca.crt}
 authorization: {mode: Webhook}
 cgroupDriver: cgroupfs
 cgroupRoot: $cgroup
-clusterDNS: []
+clusterDNS: ["$BRIDGE_ADDRESS"]
+clusterDomain: cluster.local
 evictionHard: {memory.available: 64Mi, nodefs.available: 256Mi, imagefs.available: 256Mi}
 failSwapOn: false
 imageGCHighThresholdPercent: 100

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # run.sh IMAGES COMMAND...: makes a Kubernetes cluster of two nodes that have the images (OCI archives, *.tar in IMAGES),
 # runs the command in it, and leaves nothing behind: all of it lives in namespaces that end with the command.
-# The command finds KUBECONFIG, CLUSTER_FOLDER (logs/, volumes/, NODE/pid) and the addresses of services and pods.
+# The command finds KUBECONFIG, CLUSTER_FOLDER (logs/, volumes/, names/, NODE/pid) and the addresses of services and pods.
 set -euo pipefail
 source "$(dirname "$0")/settings.sh"
 here=$(cd "$(dirname "$0")" && pwd)

@@ -18,8 +18,10 @@ import proofs_stateful as stateful
 import proofs_stateless as stateless
 import record
 import values
+import yaml
 from helm_python import HelmError
 from kubectl import KubectlError, kubectl
+from merge import merged
 from record import Result
 from release import Release
 
@@ -51,11 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("image", help="reference of the image, which the nodes have")
     parser.add_argument("--chart", type=Path, default=ROOT / "deploy" / "helm" / "loraplex")
     parser.add_argument("--only", default="", help="run only proofs whose name has this in it; installing always runs")
+    parser.add_argument("--values", type=Path, help="a file of values on top of those of the test")
     args = parser.parse_args(arguments)
+    more = yaml.safe_load(args.values.read_text()) if args.values else {}
     values.prepare_namespace(Path(os.environ["CLUSTER_FOLDER"]) / "volumes")
     results: list[Result] = []
     for kind, proofs in (("Deployment", ON_DEPLOYMENT), ("StatefulSet", ON_STATEFUL_SET)):
-        release = Release(args.chart, f"demo-{kind.lower()}", values.of_release(args.image, kind))
+        release = Release(
+            args.chart, values.release_name(kind), merged(values.of_release(args.chart, args.image, kind), more)
+        )
         wanted = [proof for proof in proofs if args.only in proof.__name__ or proof is proofs[0]]
         results += _prove(release, kind, wanted)
     sys.stdout.write(record.table(results, args.image))
@@ -76,8 +82,16 @@ def _prove(release: Release, kind: str, proofs: Sequence[Proof]) -> list[Result]
         results.append(Result(name, passed, found, time.monotonic() - began))
         print(f"{'passed' if passed else 'FAILED'} {name} ({results[-1].seconds:.0f} s): {found}", flush=True)
         if not passed:
+            _remove(release)
             break
     return results
+
+
+def _remove(release: Release) -> None:
+    try:
+        release.uninstall()
+    except HelmError as error:
+        print(error, file=sys.stderr)
 
 
 def _show_state(release: Release) -> None:

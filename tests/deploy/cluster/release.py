@@ -8,6 +8,7 @@ from typing import Any
 
 import helm_python
 from kubectl import NAMESPACE, Pod, kubectl, pods, read, ready_addresses, wait_until
+from merge import merged
 
 REPLICAS = 2
 START_SECONDS = 240.0
@@ -30,7 +31,7 @@ class Release:
     @property
     def url(self) -> str:
         """Of its Service."""
-        return f"http://{read('service', self.name)['spec']['clusterIP']}:8000"
+        return f"http://{read('services', self.name)['spec']['clusterIP']}:8000"
 
     def pods(self) -> list[Pod]:
         """Its servers."""
@@ -42,11 +43,17 @@ class Release:
 
     def upgrade(self, changes: dict[str, Any]) -> None:
         """``helm upgrade`` with other values; returns at once."""
-        self._helm.upgrade(self._chart, self.name, self.values | changes, timeout=60)
+        self._helm.upgrade(self._chart, self.name, merged(self.values, changes), timeout=60)
 
     def rollback(self, revision: int) -> None:
         """``helm rollback``; returns at once."""
         self._helm.rollback(self.name, version=revision, timeout=60)
+
+    def write_name(self) -> None:
+        """Tell the cluster's name server of the Service: it knows nothing but what is written there."""
+        address = read("services", self.name)["spec"]["clusterIP"]
+        names = Path(os.environ["CLUSTER_FOLDER"]) / "names" / self.name
+        names.write_text(f"{address} {self.name}.{NAMESPACE}.svc.cluster.local\n")
 
     def test(self) -> None:
         """``helm test``; an error of Helm's if it fails."""
@@ -65,7 +72,7 @@ class Release:
         return wait_until(f"{self.name} is rolled out", self._is_rolled_out, seconds=START_SECONDS)
 
     def _is_rolled_out(self) -> bool:
-        shown = read(self.kind, self.name)
+        shown = read(f"{self.kind}s", self.name)
         status = shown["status"]
         return (
             status.get("observedGeneration") == shown["metadata"]["generation"]

@@ -6,33 +6,41 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
 from kubectl import NAMESPACE, apply
+from merge import merged
 from release import REPLICAS
 
 STORAGE_CLASS = "shared"
+VOLUME_SIZE = "1Gi"
 USER = 10001
 NODES = ("node-a", "node-b")
 
 
-def of_release(image: str, kind: str) -> dict[str, Any]:
-    """Values of a release of the demo: two servers on few cores, which look at their probes often."""
+def release_name(kind: str) -> str:
+    """The chart gives its objects this name too, since its own name is in it."""
+    return f"loraplex-{kind.lower()}"
+
+
+def of_release(chart: Path, image: str, kind: str) -> dict[str, Any]:
+    """The chart's own example of the demo on a CPU, with what a test on few cores changes: two servers, in a hurry."""
+    example: dict[str, Any] = yaml.safe_load((chart / "examples" / "cpu-demo.yaml").read_text())
+    return merged(example, _changes(image, kind))
+
+
+def _changes(image: str, kind: str) -> dict[str, Any]:
     repository, _, tag = image.rpartition(":")
     on_host = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
     return {
         "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
-        "demo": True,
         "workload": {"kind": kind},
         "replicas": REPLICAS,
-        "config": {"threads": 1, "pool_bytes": "128MiB", "host_adapter_bytes": "128MiB", "log_format": "json"},
-        "state": {"size": "1Gi", "storageClass": STORAGE_CLASS},
-        "cache": {"size": "1Gi"},
+        "config": {"threads": 1, "pool_bytes": "128MiB"},
+        "state": {"size": VOLUME_SIZE, "storageClass": STORAGE_CLASS},
         "resources": {"requests": {"cpu": "50m", "memory": "256Mi"}},
-        "probes": {
-            "startup": {"budgetSeconds": 180, "periodSeconds": 2, "timeoutSeconds": 2},
-            "readiness": {"periodSeconds": 2, "timeoutSeconds": 2, "failureThreshold": 2},
-        },
+        "probes": {"startup": {"periodSeconds": 2}, "readiness": {"periodSeconds": 2}},
         "topologySpreadConstraints": [
-            on_host | {"labelSelector": {"matchLabels": {"app.kubernetes.io/instance": f"demo-{kind.lower()}"}}}
+            on_host | {"labelSelector": {"matchLabels": {"app.kubernetes.io/instance": release_name(kind)}}}
         ],
     }
 
@@ -54,7 +62,7 @@ def _volume(name: str, folder: Path) -> dict[str, Any]:
         "kind": "PersistentVolume",
         "metadata": {"name": name},
         "spec": {
-            "capacity": {"storage": "1Gi"},
+            "capacity": {"storage": VOLUME_SIZE},
             "accessModes": ["ReadWriteOnce"],
             "storageClassName": STORAGE_CLASS,
             "local": {"path": str(folder)},
