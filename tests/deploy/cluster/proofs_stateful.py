@@ -12,7 +12,7 @@ from processes import engine_of, kill, server_of
 from release import REPLICAS, Release
 from watch import Watch, answers_ready
 
-READY_AGAIN_SECONDS = 60.0
+READY_AGAIN_SECONDS = 120.0
 STREAMS = 12
 
 

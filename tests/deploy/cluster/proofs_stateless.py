@@ -49,8 +49,8 @@ def broken_update_and_rollback(release: Release) -> str:
     good = release.revisions()[-1]
     with StreamingLoad(release.url) as load, Watch(release) as watch:
         load.await_more(LOAD_BEFORE)
-        release.upgrade({"config": {"pool_bytes": "1"}})
-        wait_until("a new server fails", lambda: any(pod.restarts for pod in release.pods()), seconds=120)
+        release.upgrade({"adapters": [{"name": "missing", "path": "/nowhere"}]})
+        wait_until("a new server fails", lambda: any(pod.restarts for pod in release.pods()), seconds=180)
         failing = {pod.address for pod in release.pods() if not pod.ready}
         assert not failing & ready_addresses(release.name)
         release.rollback(good)

@@ -11,7 +11,7 @@ from kubectl import NAMESPACE, Pod, kubectl, pods, read, ready_addresses, wait_u
 from merge import merged
 
 REPLICAS = 2
-START_SECONDS = 240.0
+START_SECONDS = 420.0
 
 
 class Release:

@@ -35,7 +35,7 @@ def _changes(image: str, kind: str) -> dict[str, Any]:
         "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
         "workload": {"kind": kind},
         "replicas": REPLICAS,
-        "config": {"threads": 1, "pool_bytes": "128MiB"},
+        "config": {"threads": 1, "pool_bytes": "128MiB", "linger_seconds": 5},
         "state": {"size": VOLUME_SIZE, "storageClass": STORAGE_CLASS},
         "resources": {"requests": {"cpu": "50m", "memory": "256Mi"}},
         "probes": {"startup": {"periodSeconds": 2}, "readiness": {"periodSeconds": 2}},
