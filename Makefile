@@ -8,6 +8,7 @@ ROOMS := server memory kernels clients
 
 .PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
 .PHONY: bench-tiers bench-pool bench-cold soak-identity clean
+.PHONY: cluster-test
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -63,6 +64,9 @@ bench-cold: $(STAMP)  ## loads from disk and from host memory beside plain reads
 
 soak-identity: $(STAMP)  ## ten million operations in which nothing may be found under another identity
 	$(BIN)/python tests/bench/soak_identity.py $(ARGS)
+
+cluster-test: $(STAMP)  ## chart and image on a real Kubernetes cluster, made here and gone afterwards; root on Debian
+	deploy/cluster/test.sh $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

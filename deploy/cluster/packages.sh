@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/settings.sh"
 
-TOOLS=(buildah conntrack dpkg-dev gcc iproute2 iptables jq libc6-dev libnftables1 libseccomp2 make openssl rsync util-linux)
+TOOLS=(buildah conntrack debootstrap dpkg-dev gcc iproute2 iptables jq libc6-dev libnftables1 libseccomp2 make openssl rsync util-linux)
 UNPACKED=(dnsmasq-base etcd-server containerd runc containernetworking-plugins golang-1.19-go golang-1.19-src)
 
 missing=()
