@@ -33,7 +33,8 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 "$here/cgroups.sh" make "$(basename "$folder")"
-unshare --mount --net --pid --uts --ipc --fork --kill-child --mount-proc \
+# Whatever ends this script ends unshare, and that its child.
+setpriv --pdeathsig KILL unshare --mount --net --pid --uts --ipc --fork --kill-child --mount-proc \
   "$here/inside.sh" "$folder" "/$(basename "$folder")" "$@" <&0 &
 inside=$!
 status=0
