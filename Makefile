@@ -10,7 +10,7 @@ WORKERS ?= 2
 
 .PHONY: serve test check lint types unit format docs bench-peers bench-mixture bench-gpu bench-work tune-gpu
 .PHONY: bench-tiers bench-pool bench-cold soak-identity docs-test image deploy-test
-.PHONY: bench-metrics dashboards dashboards-check clean
+.PHONY: bench-metrics dashboards dashboards-check cluster-test clean
 
 serve: $(STAMP)  ## serve the built-in demo on http://127.0.0.1:8000
 	$(BIN)/loraplex demo
@@ -88,6 +88,9 @@ docs-test: $(STAMP)  ## the documentation's commands, those too that need client
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install --quiet --requirement tests/docs/clients.txt
 	DOCS_CLIENT_PYTHON=$(CURDIR)/.venv-docs/bin/python $(BIN)/pytest tests/docs
+
+cluster-test: $(STAMP)  ## chart and image on a real Kubernetes cluster, made here and gone afterwards; root on Debian
+	deploy/cluster/test.sh $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

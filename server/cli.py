@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib.metadata import version as version_of
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -48,4 +51,12 @@ def _root(_version: Version = False) -> None:
 
 def main() -> None:
     """Entry point of the console command."""
+    if os.getpid() == 1:
+        # A container's first process has no default actions: until the server listens, it would be deaf.
+        signal.signal(signal.SIGTERM, _stop)
     sys.exit(app())
+
+
+def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    """As a signal ends a process that does not handle it."""
+    sys.exit(128 + number)

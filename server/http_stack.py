@@ -59,7 +59,9 @@ def make_server(engine: EngineClient, settings: Settings) -> tuple[DrainingServe
         tracing=make_tracing(settings.otlp_endpoint),
     )
     uvicorn_config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS)
-    server = DrainingServer(uvicorn_config, lifecycle, drain_seconds=settings.drain_seconds)
+    server = DrainingServer(
+        uvicorn_config, lifecycle, drain_seconds=settings.drain_seconds, linger_seconds=settings.linger_seconds
+    )
     return server, tuple(adapter.ref.name for adapter in registry)
 
 

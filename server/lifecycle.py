@@ -15,11 +15,13 @@ from loraplex.server.errors import UnavailableError
 
 @dataclass(slots=True)
 class Lifecycle:
-    """Serving, then draining, then expired; it never goes back.
+    """Serving, then leaving, then draining, then expired; it never goes back.
 
-    Draining: new work is refused, open work goes on. Expired: open work is cancelled, and its clients are told.
+    Leaving: all work is taken, but whoever chooses among servers should choose another. Draining: new work is refused,
+    open work goes on. Expired: open work is cancelled, and its clients are told.
     """
 
+    leaving: bool = False
     draining: bool = False
     drain_began: float | None = None
     expired: bool = False
@@ -30,9 +32,13 @@ class Lifecycle:
         """Requests that are being worked on."""
         return len(self._open)
 
+    def leave(self) -> None:
+        """From now on the server is not ready, and closes connections with their answers. Safe in a signal handler."""
+        self.leaving = True
+
     def begin_drain(self) -> None:
         """From now on new work is refused. Safe to call from a signal handler."""
-        self.draining = True
+        self.leaving = self.draining = True
         self.drain_began = self.drain_began or time.monotonic()
 
     def seconds_left(self, drain_seconds: float) -> float:
@@ -42,7 +48,7 @@ class Lifecycle:
 
     def expire(self) -> None:
         """Ends what is still open. To be called in the event loop."""
-        self.draining = self.expired = True
+        self.leaving = self.draining = self.expired = True
         for task in self._open:
             task.cancel()
 

@@ -103,12 +103,12 @@ class RequestMiddleware:
         return receive_limited
 
     def _add_headers(self, message: Message, trace: RequestTrace) -> None:
-        """While draining, connections are closed with their answers, so that clients look for another server."""
+        """Before it ends, connections are closed with their answers, so that clients look for another server."""
         trace.status = message["status"]
         headers = MutableHeaders(scope=message)
         headers["x-request-id"] = trace.request_id
         headers["openai-processing-ms"] = str(round(trace.elapsed * 1000))
-        if self._lifecycle.draining:
+        if self._lifecycle.leaving:
             headers["connection"] = "close"
 
     async def _answer_failure(

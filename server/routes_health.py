@@ -49,7 +49,7 @@ def health_routes(edge: Edge) -> APIRouter:
 
 
 def _ready(edge: Edge) -> Response:
-    if edge.lifecycle.draining:
+    if edge.lifecycle.leaving:
         raise stopping_error()
     check_ready(edge.engine)
     return _json({"status": "ok"})

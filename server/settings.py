@@ -172,6 +172,12 @@ class Settings(BaseSettings):
         4096, ge=1, description="Most tokens, of prompts and choices, of a request with return_routing."
     )
     drain_seconds: float = Field(30.0, ge=0, description="How long open requests may go on after SIGTERM.")
+    linger_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="How long new work is still taken after SIGTERM, before drain_seconds begin: load balancers see "
+        "that the server is not ready, and connections are closed with their answers.",
+    )
 
     expert_metrics: int = Field(
         0, ge=0, le=1000, description="Adapters whose experts are counted in the metrics: those most used; 0 is none."

@@ -347,11 +347,12 @@ def shared_client(tokenizer: TextTokenizer) -> Iterator[TestClient]:
 class LoopbackServer:
     """The app behind a real socket, in a thread of its own."""
 
-    def __init__(self, app: Any, drain_seconds: float = 5.0) -> None:
+    def __init__(self, app: Any, drain_seconds: float = 5.0, linger_seconds: float = 0.0) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(app, log_level="warning", lifespan="on", ws="none")
-        self.server = DrainingServer(config, app.state.edge.lifecycle, drain_seconds=drain_seconds)
+        lifecycle = app.state.edge.lifecycle
+        self.server = DrainingServer(config, lifecycle, drain_seconds=drain_seconds, linger_seconds=linger_seconds)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._socket]}, daemon=True)
 
     def __enter__(self) -> LoopbackServer:
@@ -371,7 +372,8 @@ def serve(make_app: Callable[..., Any]) -> Iterator[Callable[..., LoopbackServer
     """Starts servers, with fields of the configuration as arguments; all stop with the test."""
     with contextlib.ExitStack() as stack:
 
-        def start(**fields: Any) -> LoopbackServer:
-            return stack.enter_context(LoopbackServer(make_app(**fields), fields.get("drain_seconds", 5.0)))
+        def start(linger_seconds: float = 0.0, **fields: Any) -> LoopbackServer:
+            server = LoopbackServer(make_app(**fields), fields.get("drain_seconds", 5.0), linger_seconds)
+            return stack.enter_context(server)
 
         yield start

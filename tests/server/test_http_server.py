@@ -51,6 +51,36 @@ def test_a_draining_server_finishes_open_streams_and_refuses_new_work(serve: Any
     assert engine.aborted == []
 
 
+def test_a_lingering_server_takes_new_work_on_connections_that_it_closes(serve: Any, engine: Any) -> None:
+    server = serve(linger_seconds=2.0)
+    with httpx2.Client(base_url=server.url) as client:
+        assert "connection" not in client.post("/v1/completions", json={"prompt": "a"}).headers
+        began = time.monotonic()
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert client.get("/readyz").status_code == 503
+        taken = client.post("/v1/completions", json={"prompt": "a"})
+        assert (taken.status_code, taken.headers["connection"]) == (200, "close")
+    finish(server)
+    assert 1.9 < time.monotonic() - began < 5
+
+
+def test_a_second_signal_ends_the_lingering(serve: Any) -> None:
+    server = serve(linger_seconds=60.0)
+    server.server.handle_exit(signal.SIGTERM, None)
+    server.server.handle_exit(signal.SIGTERM, None)
+    finish(server)
+
+
+def test_work_that_came_while_lingering_is_finished_in_the_drain(serve: Any, engine: Any) -> None:
+    engine.script.delay = 0.02
+    server = serve(linger_seconds=0.5)
+    server.server.handle_exit(signal.SIGTERM, None)
+    thread, lines = start_stream(server)
+    thread.join(timeout=10)
+    finish(server)
+    assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
 def test_an_idle_server_stops_at_once(serve: Any) -> None:
     server = serve()
     began = time.monotonic()
