@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from starlette.routing import Route
@@ -21,21 +22,24 @@ def of_kind(kind: str, **values: Any) -> dict[str, Any]:
 def seconds_after_which_all_has_ended(release: Any) -> float:
     hook = release.container["lifecycle"]["preStop"]
     pause = hook["sleep"]["seconds"] if "sleep" in hook else int(hook["exec"]["command"][1])
-    return pause + release.config["drain_seconds"]
+    return pause + release.config["linger_seconds"] + release.config["drain_seconds"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("drain", [0, 0.5, 45, 3600])
+@pytest.mark.parametrize(("linger", "drain"), [(0, 0), (20, 0.5), (5, 45), (30, 3600)])
 @pytest.mark.parametrize("kube", ["1.20.2", "1.29.0", "1.33.0"])
-def test_pods_are_given_longer_to_stop_than_they_take(render: Any, kind: str, drain: float, kube: str) -> None:
-    release = render(of_kind(kind, config={"drain_seconds": drain}, preStopSeconds=7), kube)
+def test_pods_are_given_longer_to_stop_than_they_take(
+    render: Any, kind: str, linger: float, drain: float, kube: str
+) -> None:
+    config = {"drain_seconds": drain, "linger_seconds": linger}
+    release = render(of_kind(kind, config=config, preStopSeconds=7), kube)
     assert release.pod["terminationGracePeriodSeconds"] >= seconds_after_which_all_has_ended(release) + 5
 
 
 def test_a_drain_that_is_left_to_the_server_counts_by_its_default(render: Any) -> None:
-    release = render(DEMO | {"config": {"drain_seconds": None}})
+    release = render(DEMO | {"config": {"drain_seconds": None, "linger_seconds": None}})
     default = Settings.model_fields["drain_seconds"].default
-    assert "drain_seconds" not in release.config
+    assert not {"drain_seconds", "linger_seconds"} & release.config.keys()
     assert release.pod["terminationGracePeriodSeconds"] == default + 5 + 15
 
 
@@ -77,7 +81,7 @@ def test_a_service_of_the_servers_name_does_not_become_settings(render: Any) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_probes_ask_paths_that_the_server_answers_at_its_port(render: Any, kind: str) -> None:
-    answered = {route.path for route in health_routes(None).routes if isinstance(route, Route)}
+    answered = {route.path for route in health_routes(Mock()).routes if isinstance(route, Route)}
     release = render(of_kind(kind, containerPort=9000, containerPortName="api"))
     (port,) = release.container["ports"]
     assert (port["name"], port["containerPort"], release.config["port"]) == ("api", 9000, 9000)

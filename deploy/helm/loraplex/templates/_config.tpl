@@ -16,6 +16,10 @@
 {{- include "loraplex.setting" (list . "drain_seconds" 30) -}}
 {{- end -}}
 
+{{- define "loraplex.lingerSeconds" -}}
+{{- include "loraplex.setting" (list . "linger_seconds" 0) -}}
+{{- end -}}
+
 {{- define "loraplex.modelPath" -}}
 {{- $model := .Values.model -}}
 {{- if $model.hub -}}

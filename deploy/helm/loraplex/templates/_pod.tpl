@@ -1,7 +1,8 @@
 {{/* The pod of a server, whatever the workload that makes it. */}}
 
 {{- define "loraplex.graceSeconds" -}}
-{{- ceil (addf (include "loraplex.drainSeconds" . | float64) .Values.preStopSeconds .Values.stopMarginSeconds) -}}
+{{- $drain := addf (include "loraplex.lingerSeconds" . | float64) (include "loraplex.drainSeconds" . | float64) -}}
+{{- ceil (addf $drain .Values.preStopSeconds .Values.stopMarginSeconds) -}}
 {{- end -}}
 
 {{- define "loraplex.podLabels" -}}
