@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.utils import floatToGoString
 
 Labels = tuple[str, ...]
+_EXACT = 1 << 53
 LIBRARY = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
 
 
@@ -207,7 +208,10 @@ class _Alone:
 
 
 def _number(value: float) -> str:
-    return str(value) if value.__class__ is int else str(floatToGoString(value))
+    """Whole numbers as they are, where a reader's float is the same number."""
+    if value.__class__ is int and -_EXACT <= value <= _EXACT:
+        return str(value)
+    return str(floatToGoString(value))
 
 
 def _literal(text: str) -> str:

@@ -120,7 +120,8 @@ class RequestMiddleware:
                 raise error
             _uncancel()
         elif not isinstance(error, LoraplexError):
-            self._log.error("request_failed", path=scope["path"], exception=traceback_of(error))
+            fields = {"tenant": trace.tenant, "path": scope["path"]}
+            self._log.error("request_failed", **fields, exception=traceback_of(error))
         public = public_error(error)
         trace.error_type = public.type
         if trace.status is None:

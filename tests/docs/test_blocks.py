@@ -21,8 +21,15 @@ from loraplex.server.settings import load_settings
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 FOREIGN_FIRST_COLUMN = "docs/migrate/"
-THEIRS_ARE_ELSEWHERE = ("docs/cookbook/", "docs/benchmarks/", "docs/gpu.md", "docs/decisions/", "docs/notebook.md")
-OF_OTHER_TOOLS = {"--device", "--generation-config", "--help", "--data"}
+THEIRS_ARE_ELSEWHERE = (
+    "docs/cookbook/",
+    "docs/benchmarks/",
+    "docs/gpu.md",
+    "docs/decisions/",
+    "docs/notebook.md",
+    "docs/routing.md",
+)
+OF_OTHER_TOOLS = {"--device", "--generation-config", "--help", "--data", "--grace-period", "--secret"}
 """Flags of pytest and others that prose names."""
 
 

@@ -14,6 +14,10 @@ VARIABLE = re.compile(r"\bLORAPLEX_[A-Z_]*[A-Z]\b")
 SNAKE = re.compile(r"[a-z]+(?:_[a-z]+)+")
 
 
+OF_COMPOSE = {"LORAPLEX_VARIANT"}
+"""What deploy/compose.yaml reads."""
+
+
 def test_metrics_on_pages_exist(pages: list[Any], metric_names: set[str]) -> None:
     unknown = {
         f"{page.name}: {name}"
@@ -25,7 +29,7 @@ def test_metrics_on_pages_exist(pages: list[Any], metric_names: set[str]) -> Non
 
 
 def test_environment_variables_on_pages_exist(page: Any) -> None:
-    known = {PREFIX + name.upper() for name in Settings.model_fields} | CLIENT_VARIABLES
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | CLIENT_VARIABLES | OF_COMPOSE
     assert {*VARIABLE.findall(page.path.read_text(encoding="utf-8"))} <= known
 
 

@@ -318,7 +318,8 @@ def make_app(engine: FakeEngine, registry: AdapterRegistry, tokenizer: TextToken
     """Makes the app, with fields of its configuration as arguments."""
 
     def make(own_tokenizer: TextTokenizer | None = None, state: Any = None, watch: Any = None, **fields: Any) -> Any:
-        config = HttpConfig(model_name=BASE_NAME, **({"metrics_share": math.inf} | fields))  # scrapes see the latest
+        # Scrapes see the latest, and standard output, where unconfigured logs go, is what commands print.
+        config = HttpConfig(model_name=BASE_NAME, **({"metrics_share": math.inf, "access_log": False} | fields))
         return create_app(engine, registry, own_tokenizer or tokenizer, config, state=state, watch=watch)
 
     return make

@@ -99,12 +99,12 @@ def test_a_client_that_goes_away_has_aborted(serve: Callable[..., Any], engine: 
     ):
         lines = answer.iter_lines()
         next(lines)
-        assert shown('loraplex_tenant_requests_running{tenant="acme"} 1.0')
-        assert shown('loraplex_tenant_requests_waiting{tenant="acme"} 0.0')
+        assert shown('loraplex_tenant_requests_running{tenant="acme"} 1')
+        assert shown('loraplex_tenant_requests_waiting{tenant="acme"} 0')
     deadline = time.monotonic() + 10
-    while not shown('loraplex_tenant_requests_total{outcome="aborted",tenant="acme"} 1.0'):
+    while not shown('loraplex_tenant_requests_total{outcome="aborted",tenant="acme"} 1'):
         assert time.monotonic() < deadline
-    assert shown('loraplex_tenant_requests_running{tenant="acme"} 0.0')
+    assert shown('loraplex_tenant_requests_running{tenant="acme"} 0')
 
 
 def test_all_tenants_are_there_from_the_start_and_no_others(make_client: Callable[..., TestClient]) -> None:

@@ -237,6 +237,13 @@ def logged() -> Iterator[list[Any]]:
     structlog.configure(processors=before)
 
 
+@pytest.fixture
+def client(make_client: Callable[..., TestClient]) -> Iterator[TestClient]:
+    """With the access log, which other tests do without."""
+    with make_client(access_log=True) as client:
+        yield client
+
+
 def test_every_request_has_one_line(client: TestClient, logged: list[Any]) -> None:
     client.post("/v1/chat/completions", json=BODY | {"adapter_id": "red"}, headers={"x-request-id": "mine"})
     client.post("/v1/chat/completions", json=BODY | {"adapter_id": "nobody"})
