@@ -63,7 +63,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _release_connections(self) -> None:
-        """Once: idle connections close, and others after the answer under way, which may have begun before the signal."""
+        """Once: idle connections close, others after the answer under way, which may have begun before the signal."""
         if not self._released:
             self._released = True
             for connection in list(self.server_state.connections):
