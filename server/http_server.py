@@ -33,6 +33,7 @@ class DrainingServer(uvicorn.Server):
         self._linger_seconds = linger_seconds
         self._drain_from = math.inf
         self._deadline = math.inf
+        self._released = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """A signal came. Only flags are set here: it may interrupt anything."""
@@ -53,9 +54,17 @@ class DrainingServer(uvicorn.Server):
         """Called ten times a second by uvicorn; true ends the serving."""
         if time.monotonic() >= self._drain_from:
             self._lifecycle.begin_drain()
+            self._release_connections()
             if time.monotonic() >= self._deadline:
                 self._lifecycle.expire()
                 self.should_exit = True
             elif self._lifecycle.in_flight == 0:
                 self.should_exit = True
         return await super().on_tick(counter)
+
+    def _release_connections(self) -> None:
+        """Once: idle connections close, others after the answer under way, which may have begun before the signal."""
+        if not self._released:
+            self._released = True
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
