@@ -209,7 +209,7 @@ class _Alone:
 
 def _number(value: float) -> str:
     """Whole numbers as they are, where a reader's float is the same number."""
-    if value.__class__ is int and -_EXACT <= value <= _EXACT:
+    if isinstance(value, int) and not isinstance(value, bool) and -_EXACT <= value <= _EXACT:
         return str(value)
     return str(floatToGoString(value))
 

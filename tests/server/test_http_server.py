@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import signal
 import threading
@@ -79,6 +80,26 @@ def test_work_that_came_while_lingering_is_finished_in_the_drain(serve: Any, eng
     thread.join(timeout=10)
     finish(server)
     assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_a_kept_connection_is_closed_after_the_answer_that_a_drain_finds_under_way(serve: Any, engine: Any) -> None:
+    engine.script.delay = 0.02
+    server = serve()
+    host = server.url.removeprefix("http://")
+    kept = http.client.HTTPConnection(host, timeout=10)
+    body = json.dumps({"prompt": "a", "max_tokens": 20, "stream": True})
+    kept.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+    answer = kept.getresponse()  # its head has been sent: it cannot say that the connection will close
+    assert answer.headers["connection"] is None
+    longer, _ = start_stream(server)  # keeps the server up beyond that answer
+    server.server.handle_exit(signal.SIGTERM, None)
+    assert answer.read().endswith(b"data: [DONE]\n\n")
+    assert kept.sock is not None
+    assert kept.sock.recv(1) == b""
+    kept.close()
+    assert longer.is_alive()
+    longer.join(timeout=10)
+    finish(server)
 
 
 def test_an_idle_server_stops_at_once(serve: Any) -> None:
