@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "deploy" / "cluster"
 PROOFS = Path(__file__).parent / "cluster"
 
 PIECE = b'data: {"choices": [{"finish_reason": null}]}\n\n'
