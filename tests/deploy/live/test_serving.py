@@ -36,6 +36,7 @@ def say(server: Any, adapter: str, word: str, **more: Any) -> Any:
         return client.chat.completions.create(
             model="loraplex-demo",
             messages=[{"role": "user", "content": word}],
+            temperature=0,
             extra_body={"adapter_id": adapter},
             **more,
         )
