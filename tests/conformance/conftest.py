@@ -64,7 +64,8 @@ class Replica:
 
     def ask(self, model: str, **fields: Any) -> httpx2.Response:
         """A chat request, which names its adapter as its model, as all that goes through a router does."""
-        body = {"model": model, "messages": [{"role": "user", "content": "adapter"}], "max_tokens": 8} | fields
+        messages = [{"role": "user", "content": "adapter"}]
+        body = {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0} | fields
         return self.call("POST", "/v1/chat/completions", json=body)
 
     def end(self) -> None:

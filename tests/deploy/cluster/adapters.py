@@ -30,7 +30,7 @@ def load_and_upload(pod: Pod) -> None:
 
 def answer(pod: Pod, adapter: str) -> str:
     """What a server makes of the word with an adapter, or the error that it answers."""
-    body = {"model": adapter, "messages": [{"role": "user", "content": WORD}]}
+    body = {"model": adapter, "messages": [{"role": "user", "content": WORD}], "temperature": 0}
     response = httpx2.post(f"{pod.url}/v1/chat/completions", json=body, timeout=60)
     if response.status_code != 200:
         return f"{response.status_code}: {response.text[:200]}"
