@@ -15,8 +15,9 @@ release=$(. /etc/os-release && echo "$VERSION_CODENAME")
 # shellcheck disable=SC2016  # apt-get expands it
 of_release=(--format '$(REPO_URI)' "Codename: $release" "Created-By: Packages" "Label: Debian")
 mirror=$(apt-get indextargets "${of_release[@]}" | sed --quiet 1p)
+: "${mirror:?apt knows no archive of $release: run apt-get update}"
 signed_by=/usr/share/keyrings/debian-archive-keyring.gpg
-echo "deb-src [signed-by=$signed_by] ${mirror:-http://deb.debian.org/debian/} $release main" >"$build/sources.list"
+echo "deb-src [signed-by=$signed_by] $mirror $release main" >"$build/sources.list"
 own_lists=(-o "Dir::Etc::SourceList=$build/sources.list" -o Dir::Etc::SourceParts=/dev/null
   -o "Dir::State::Lists=$build/lists" -o APT::Sandbox::User=root)
 apt-get "${own_lists[@]}" -qq update
