@@ -15,11 +15,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "loraplex"
-STANDINS = {
-    "rules/standin.yaml": "groups: [{name: standin, rules: [{alert: Down, expr: up == 0, "
-    "annotations: {summary: '{{ $labels.pod }} is down'}}]}]\n",
-    "dashboards/standin.json": '{"title": "standin", "panels": [{"legendFormat": "{{pod}}"}]}\n',
-}
 
 
 def find_tool(name: str) -> str:
@@ -94,16 +89,9 @@ class Release:
 
 
 @pytest.fixture(scope="session")
-def chart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the chart; rules and dashboards stand in where it has none."""
-    folder = tmp_path_factory.mktemp("chart") / "loraplex"
-    shutil.copytree(CHART, folder)
-    for name, text in STANDINS.items():
-        path = folder / "files" / name
-        if not list(path.parent.glob(f"*{path.suffix}")):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    return folder
+def chart_folder() -> Path:
+    """The chart, as it lies in the repository."""
+    return CHART
 
 
 @pytest.fixture(scope="session")
