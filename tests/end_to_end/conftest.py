@@ -145,6 +145,10 @@ class Server:
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["message"]["content"])
 
+    def model_names(self) -> list[str]:
+        """What ``GET /v1/models`` lists."""
+        return [model["id"] for model in self.get("/v1/models").json()["data"]]
+
     def metrics(self) -> Metrics:
         return Metrics(self.get("/metrics").text)
 

@@ -38,7 +38,7 @@ def test_an_adapter_is_loaded_used_listed_and_unloaded(demo: Any, load: Any, cop
     assert listed["backwards"]["path"] == str(folder.path)
     assert listed["backwards"]["parent"] == "loraplex-demo"
     assert listed["backwards"]["pages"] > 0
-    assert "backwards" in [model["id"] for model in demo.get("/v1/models").json()["data"]]
+    assert "backwards" in demo.model_names()
 
     assert demo.post("/v1/unload_lora_adapter", {"lora_name": "backwards"}).status_code == 200
     missing = demo.post("/v1/chat/completions", {"model": "backwards", "messages": [{"role": "user", "content": "a"}]})

@@ -223,4 +223,4 @@ def test_models_are_listed_in_pages(demo: Any) -> None:
         if not page["has_more"]:
             break
         after = f"&after={names[-1]}"
-    assert names == [model["id"] for model in demo.get("/v1/models").json()["data"]]
+    assert names == demo.model_names()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,20 @@ def unharmed(load: Any, server: Any) -> Iterator[Any]:
 def ask(load: Any, server: Any, adapter: str, *, stream: bool = False) -> Any:
     with httpx2.Client(base_url=server.url, timeout=60) as client:
         return load.ask(client, adapter, "kernel", stream=stream)
+
+
+@contextmanager
+def in_use(server: Any, adapter: str) -> Iterator[None]:
+    """A request that has begun to be answered and takes much longer than any other, so that its adapter stays."""
+    body = {"messages": [{"role": "user", "content": "kernel"}], "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with (
+        httpx2.Client(base_url=server.url, timeout=60) as client,
+        client.stream("POST", "/v1/chat/completions", json={**body, "adapter_id": adapter}) as answer,
+    ):
+        assert answer.status_code == 200, answer.read()
+        events = (json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line)
+        assert any(event["choices"][0]["delta"].get("content") for event in events)
+        yield
 
 
 def put_out(load: Any, server: Any, adapters: Any, but: str) -> None:
@@ -106,10 +121,10 @@ def test_exchanged_files_are_never_served_under_the_old_name_until_they_are_load
     one, other = "reverse-02", "caesar-02"
     with unharmed(load, chaos):
         assert ask(load, chaos, one).is_right
-        assert ask(load, chaos, other).is_right
-        adapters.swap(one, other)
-        # What was read before goes on being served; what is read again is not what was registered.
-        assert ask(load, chaos, other).is_right
+        with in_use(chaos, other):
+            adapters.swap(one, other)
+            # What was read before goes on being served; what is read again is not what was registered.
+            assert ask(load, chaos, other).is_right
         for name in (one, other):
             put_out(load, chaos, adapters, name)
             failure = check_refused(load, chaos, name, "changed")

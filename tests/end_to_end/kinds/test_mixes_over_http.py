@@ -109,7 +109,7 @@ def test_a_merge_is_built_once_and_stays_the_same(
     demo: Any, served_top: Any, wait_until: Callable[..., bool], ids: list[int], strategy: str
 ) -> None:
     before = demo.metrics()
-    listed = demo.get("/v1/models").json()
+    listed = demo.model_names()
     first = served_top(ids, **merge("caesar", "devowel", strategy=strategy))
     assert wait_until(lambda: demo.metrics().value(LOADS) > before.value(LOADS))
     middle = demo.metrics()
@@ -117,7 +117,7 @@ def test_a_merge_is_built_once_and_stays_the_same(
     assert wait_until(lambda: pool_hits(demo.metrics()) > pool_hits(middle))
     assert demo.metrics().value(LOADS) == middle.value(LOADS)
     assert (served_top(ids, adapter_id=mix(caesar=1, devowel=1)) - first).abs().max() > 1e-3
-    assert demo.get("/v1/models").json() == listed
+    assert demo.model_names() == listed
 
 
 def refused(client: Any, **body: Any) -> Any:
