@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 
@@ -69,13 +70,32 @@ class _Blueprint:
         return replace(
             self.spec,
             identity=identity_from(digest, self.settings),
-            pairs=tuple(
-                LowRankPair(pair.site, pair.layer, a.of(flat), b.of(flat), pair.scale, pair.expert)
-                for pair, a, b in self.pairs
-            ),
+            pairs=_Pairs(self, flat),
             routers=tuple(Router(router.layer, router.site, weight.of(flat)) for router, weight in self.routers),
             values=SpecValues(self, flat),
         )
+
+
+class _Pairs(Sequence[LowRankPair]):
+    """Those of an adapter with some values, each made when asked for: hundreds, and most adapters' nobody asks for."""
+
+    __slots__ = ("_blueprint", "_flat")
+
+    def __init__(self, blueprint: _Blueprint, flat: torch.Tensor) -> None:
+        self._blueprint, self._flat = blueprint, flat
+
+    def __len__(self) -> int:
+        return len(self._blueprint.pairs)
+
+    @overload
+    def __getitem__(self, at: int) -> LowRankPair: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[LowRankPair]: ...
+    def __getitem__(self, at: int | slice) -> LowRankPair | Sequence[LowRankPair]:
+        if isinstance(at, slice):
+            return tuple(self)[at]
+        pair, a, b = self._blueprint.pairs[at]
+        return LowRankPair(pair.site, pair.layer, a.of(self._flat), b.of(self._flat), pair.scale, pair.expert)
 
 
 class Blueprints:

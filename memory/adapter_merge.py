@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,8 @@ def merge_specs(specs: Sequence[AdapterSpec], recipe: MergeRecipe) -> AdapterSpe
         _check_plain(spec, number)
     identity = _identity(specs, recipe)
     generator = torch.Generator().manual_seed(draws_seed(identity))
-    merge = _Merge(recipe, generator)
-    pairs = tuple(merge.site(site, specs) for site in _sites(specs))
+    merge, found = _Merge(recipe, generator), [_by_site(spec) for spec in specs]
+    pairs = tuple(merge.site(site, found) for site in _in_order(found))
     warnings = tuple(f"{shown(source.path)}: {w}" for spec, source in zip(specs, recipe.sources) for w in spec.warnings)
     return AdapterSpec(identity, "merged", pairs, warnings)
 
@@ -106,10 +106,14 @@ def _check_plain(spec: AdapterSpec, number: int) -> None:
         )
 
 
-def _sites(specs: Sequence[AdapterSpec]) -> list[_Site]:
+def _by_site(spec: AdapterSpec) -> dict[_Site, LowRankPair]:
+    return {(pair.layer, pair.site): pair for pair in spec.pairs}
+
+
+def _in_order(adapters: Sequence[Mapping[_Site, LowRankPair]]) -> list[_Site]:
     """Every site that an adapter has: by layer, then in image order, those of the whole model last."""
     order = (*LAYER_SITES, *MODEL_SITES)
-    sites = {(pair.layer, pair.site) for spec in specs for pair in spec.pairs}
+    sites = {site for pairs in adapters for site in pairs}
     return sorted(sites, key=lambda site: (math.inf if site[0] is None else site[0], order.index(site[1])))
 
 
@@ -120,10 +124,10 @@ class _Merge:
         self._recipe = recipe
         self._generator = generator
 
-    def site(self, site: _Site, specs: Sequence[AdapterSpec]) -> LowRankPair:
+    def site(self, site: _Site, adapters: Sequence[Mapping[_Site, LowRankPair]]) -> LowRankPair:
         found: list[tuple[int, float, LowRankPair]] = []
-        for number, (spec, source) in enumerate(zip(specs, self._recipe.sources), start=1):
-            pair = next((pair for pair in spec.pairs if (pair.layer, pair.site) == site), None)
+        for number, (pairs, source) in enumerate(zip(adapters, self._recipe.sources), start=1):
+            pair = pairs.get(site)
             if pair is not None:
                 found.append((number, source.weight * pair.scale, pair))
         _check_ranks(site, [(number, pair) for number, _, pair in found])

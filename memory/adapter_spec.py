@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -175,7 +175,7 @@ class AdapterSpec:
 
     identity: str
     kind: str
-    pairs: tuple[LowRankPair, ...]
+    pairs: Sequence[LowRankPair]
     warnings: tuple[str, ...] = field(default=())
     routers: tuple[Router, ...] = field(default=())
     routing: Routing | None = None

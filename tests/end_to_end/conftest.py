@@ -253,7 +253,7 @@ def fleet(
             key=GUARD_KEYS[1],
         ),
         "small_pool": lambda: start_server(
-            *("demo", "--max-model-len", "256", "--drain-seconds", "0.5"),
+            *("demo", "--dtype", "float32", "--max-model-len", "256", "--drain-seconds", "0.5"),
             *("--pool-bytes", str(int(sum(adapter_bytes[-3:]) * 1.2) + (1 << 20))),
             *("--host-adapter-bytes", str(3 * adapter_bytes[-1])),
         ),

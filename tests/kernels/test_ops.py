@@ -8,12 +8,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraplex.kernels import ops
-from loraplex.kernels.dense_linear import DenseLinear, can_pack
+from loraplex.kernels.dense_linear import DenseLinear, can_pack, computed_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Arguments = tuple[Any, ...]
+
+
+class RowsOfProducts(TorchDispatchMode):
+    """Collects the numbers of rows of packed products."""
+
+    def __init__(self, found: set[int]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self._found.add(args[0].shape[0])
+        return func(*args, **(kwargs or {}))
 
 
 def ids(*values: int) -> torch.Tensor:
@@ -113,6 +127,21 @@ def test_packed_linear_equals_the_plain_one(dtype: torch.dtype, rows: int, bias:
         linear = DenseLinear(weight.clone(), shift, pack=pack)
         assert (linear.in_features, linear.out_features) == (100, 300)
         assert_close(linear(x), expected)
+
+
+def test_packed_products_of_any_number_of_rows_are_made_for_few(assert_close: Any) -> None:
+    weight, sizes = torch.randn(24, 40), set[int]()
+    bias = torch.randn(24)
+    linear = DenseLinear(weight.clone(), bias, pack=True)
+    with RowsOfProducts(sizes):
+        for rows in range(1, 300):
+            x = torch.randn(rows, 40)
+            y = linear(x)
+            assert y.shape == (rows, 24)
+            assert y.is_contiguous()
+            assert_close(y, F.linear(x.double(), weight.double(), bias.double()))
+    assert len(sizes) <= 50
+    assert all(computed_rows(rows) <= rows * 9 / 8 for rows in range(5000))
 
 
 def test_only_what_this_machine_multiplies_fast_is_packed() -> None:
