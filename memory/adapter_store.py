@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -15,10 +15,11 @@ from loraplex.memory.adapter_errors import AdapterChangedError, AdapterFileError
 from loraplex.memory.adapter_image import AdapterImage
 from loraplex.memory.adapter_merge import read_source
 from loraplex.memory.adapter_spec import AdapterSpec, BaseShape, BaseWeights
-from loraplex.memory.arrival_rates import ArrivalRates, worth_of
+from loraplex.memory.arrival_rates import NEVER, ArrivalRates, worth_of
 from loraplex.memory.eviction_order import EvictionOrder, LruOrder
 from loraplex.memory.host_slab import HostSlab
 from loraplex.memory.image_plan import ImagePlan, ImagePlans
+from loraplex.memory.store_holds import Holds
 from loraplex.memory.store_images import HeldImage, HostImages
 from loraplex.memory.store_read_times import ReadTimes
 from loraplex.memory.store_records import Record, Records
@@ -46,10 +47,9 @@ _FILE_TO_IMAGE = 4  # a file of float64 makes an image of a quarter of its size
 class AdapterStore:
     """Reads adapters in loader threads and keeps their images, the least valuable out first.
 
-    ``request``, ``state``, ``pin``, ``unpin`` and ``forget`` are quick and never wait for a file; no call but
-    ``check_integrity`` takes longer the more adapters there are. Two registrations of the same content share one image.
-    The budget holds at every moment: a loader whose image finds no room, because what is here is pinned, waits until
-    there is some.
+    No call waits for a file, and none but ``check_integrity`` takes longer the more adapters there are. Two
+    registrations of the same content share one image. The budget holds at every moment: a loader whose image finds no
+    room, because what is here is pinned, waits until there is some.
 
     A registration keeps the content that was read under it first (see ``expect``). A load that fails is an error of
     that registration alone; it is tried again on request, but not before a pause that doubles with each failure.
@@ -113,6 +113,7 @@ class AdapterStore:
         self._records = Records()
         self._moves: set[str] = set()
         self._cramped: set[Key] = set()
+        self._holds = Holds()
         self._hits = self._misses = self._loads = self._failures = 0
         self._threads = LoaderThreads(threads, self._changed, self._load, self._fail, on_change)
         self._queue = self._threads.queue
@@ -205,6 +206,52 @@ class AdapterStore:
             if record.pins == 0:
                 self._release(record)
             self._changed.notify_all()
+
+    def hold(self, path: str, revision: int) -> None:
+        """Whatever is read for a registration from now on stays until ``release``; counted.
+
+        What is here already stays from ``secure`` on.
+        """
+        with self._changed:
+            self._holds.add((path, revision))
+
+    def secure(self, path: str, revision: int) -> bool:
+        """Have what is held stay; False if it is not here. True, without effect, where nobody holds it."""
+        key = (path, revision)
+        with self._changed:
+            record = self._records.find(key)
+            if key not in self._holds or key in self._holds.pinned:
+                return True
+            if record is None or not isinstance(record.state, Ready):
+                return False
+            self._pin_held(record)
+            return True
+
+    def release(self, path: str, revision: int) -> None:
+        """Undo one ``hold``."""
+        with self._changed:
+            if self._holds.discard((path, revision)):
+                self.unpin(path, revision)
+
+    def is_held(self, path: str, revision: int) -> bool:
+        """Whether somebody holds a registration."""
+        with self._changed:
+            return (path, revision) in self._holds
+
+    def is_secured(self, path: str, revision: int) -> bool:
+        """Whether the image of a registration is here and stays because somebody holds it."""
+        with self._changed:
+            return (path, revision) in self._holds.pinned
+
+    def secures_only(self, keys: Collection[Key]) -> bool:
+        """Whether no other image than those of these registrations stays because somebody holds it."""
+        with self._changed:
+            return all(key in keys for key in self._holds.pinned)
+
+    def _pin_held(self, record: Record) -> None:
+        if isinstance(record.state, Ready) and self._holds.begin(record.key):
+            record.pins += 1
+            self._images.pin(self._held(record.state.image.identity))
 
     def _release(self, record: Record) -> None:
         """Let go of an unpinned image that is not wanted any more."""
@@ -310,7 +357,10 @@ class AdapterStore:
         if self._rates is None:
             return 0.0
         seconds = self._times.seconds_of(content.identity, content.num_bytes)
-        return worth_of(seconds, self._rates.log_weight(content.identity), content.num_bytes)
+        weight = self._rates.log_weight(content.identity)
+        if weight == NEVER:  # somebody had it read, whom nobody could count as long as its identity was not known
+            weight = self._rates.one_more(weight)
+        return worth_of(seconds, weight, content.num_bytes)
 
     def _note_gone(self, held: HeldImage, reason: str) -> None:
         del reason
@@ -399,6 +449,7 @@ class AdapterStore:
         self._loads += 1
         record.content, record.expected, record.failures = held.content, content.identity, 0
         self._records.set_state(record, Ready(held.image, held.content, took, began, self._clock()))
+        self._pin_held(record)
         self._changed.notify_all()
 
     def check_integrity(self) -> None:
@@ -406,6 +457,7 @@ class AdapterStore:
         with self._changed:
             self._images.check_integrity()
             self._records.check_integrity()
+            self._holds.check_integrity()
             ready = [record for record in self._records if isinstance(record.state, Ready)]
             assert sum(record.pins for record in ready) == self._images.num_pins
             assert len(ready) == self._images.num_shares

@@ -63,7 +63,7 @@ class AdapterDirectory(Protocol):
         """Whether a lookup would find the adapter without loading it."""
 
     def hold(self, ref: AdapterRef) -> None:
-        """Keep the adapter's image on the host, from when a lookup finds it there until ``release_hold``; counted.
+        """Keep the adapter's image on the host until ``release_hold``, once it is read or found by a lookup; counted.
 
         Each sequence that waits holds each of its adapters from just before its first lookup until it is let in or
         ends. What is copied into the pool is held until it has arrived.

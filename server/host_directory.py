@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 
 from loraplex.memory.adapter_cache import AdapterCache
@@ -59,8 +59,6 @@ class HostDirectory:
         self._resident = resident
         self._pool_pages = pool_pages
         self._num_layers = num_layers
-        self._holds: Counter[Key] = Counter()
-        self._pinned: set[Key] = set()
         self._known: dict[Key, Content] = {}
         self._names: dict[Key, str] = {}
         self._keys_of: dict[str, set[Key]] = {}
@@ -70,18 +68,18 @@ class HostDirectory:
     def lookup(self, ref: AdapterRef) -> AdapterStatus:
         """How far an adapter is; one that is neither in the pool nor on the host starts to load.
 
-        One that is held is pinned on the host as soon as it is there.
+        One that is held stays on the host from now on.
         """
         key = _key(ref)
         known = self._known.get(key)
-        if known is not None and (key in self._pinned or self._resident.is_resident(known.identity)):
+        if known is not None and (self._resident.is_resident(known.identity) or self._store.is_secured(*key)):
             return self._ready(known, self._loads.get(key, ()))
         if is_merged(key):
             self._remember_merge(key)
         self._store.request(ref.path, ref.revision)
         match self._store.state(ref.path, ref.revision):
             case Ready(content=content) as ready:
-                if not self._pin_held(ref):
+                if not self._store.secure(*key):
                     return AdapterLoading()
                 loads = self._loads_of(ref, ready)
                 self._note(ref, content, loads)
@@ -100,7 +98,7 @@ class HostDirectory:
         self._merges[key] = None
         self._merges.move_to_end(key)
         if len(self._merges) > _MAX_MERGES:
-            oldest = next((known for known in self._merges if known not in self._holds), None)
+            oldest = next((known for known in self._merges if not self._store.is_held(*known)), None)
             if oldest is not None:
                 del self._merges[oldest]
                 self._store.forget(*oldest)
@@ -141,35 +139,18 @@ class HostDirectory:
             return True
         return isinstance(self._store.state(ref.path, ref.revision), Ready)
 
-    def _pin_held(self, ref: AdapterRef) -> bool:
-        """Pin in the store what is held here; False where it has been evicted a moment ago."""
-        key = _key(ref)
-        if self._holds[key] and key not in self._pinned:
-            try:
-                self._store.pin(*key)
-            except KeyError:
-                return False
-            self._pinned.add(key)
-        return True
-
     def hold(self, ref: AdapterRef) -> None:
-        """Keep an image from when a lookup finds it on the host until ``release_hold``; counted."""
-        self._holds[_key(ref)] += 1
+        """Keep an image, from when it is read or a lookup finds it on the host, until ``release_hold``; counted."""
+        self._store.hold(*_key(ref))
 
     def release_hold(self, ref: AdapterRef) -> None:
         """Undo one ``hold``."""
-        key = _key(ref)
-        self._holds[key] -= 1
-        if self._holds[key] == 0:
-            del self._holds[key]
-            if key in self._pinned:
-                self._pinned.remove(key)
-                self._store.unpin(*key)
+        self._store.release(*_key(ref))
 
     def keep(self, ref: AdapterRef) -> None:
         """Keep what is there of an adapter that is held, its image on the host or else its pages in the pool, until
         ``forget``, though its files may change. In the pool it gives way to what could not run otherwise."""
-        if isinstance(self._store.state(ref.path, ref.revision), Ready) and self._pin_held(ref):
+        if isinstance(self._store.state(ref.path, ref.revision), Ready) and self._store.secure(*_key(ref)):
             return
         key = _key(ref)
         known = self._known.get(key)
@@ -180,7 +161,7 @@ class HostDirectory:
     def is_full_of(self, refs: Collection[AdapterRef]) -> bool:
         """Whether one of these adapters waits for room while nothing but these is pinned in the store."""
         keys = {_key(ref) for ref in refs}
-        return self._pinned <= keys and self._store.waits_for_room(keys)
+        return self._store.secures_only(keys) and self._store.waits_for_room(keys)
 
     def image(self, ref: AdapterRef) -> AdapterImage:
         """The image of an adapter that is held and was found on the host."""

@@ -88,3 +88,26 @@ def test_five_hundred_requests_over_a_hundred_adapters_in_a_pool_of_five(
         measure.run()
         for index in range(kwargs["n"]):
             assert driver.tokens(request_id, index) == measure.tokens(request_id, index), request_id
+
+
+def test_a_host_store_for_ten_of_a_hundred_adapters_reads_each_of_them_once(
+    llama: Any, make_engine: Any, hundred_adapters: Adapters
+) -> None:
+    measure = make_engine(llama)
+    measure.handle(LoadAdapter(call_id="load", adapter=hundred_adapters[1]))
+    measure.run()
+    info = measure.answers["load"].adapter
+    driver = make_engine(llama, pages=4 * info.pages, host_adapter_bytes=10 * info.bytes, prefetch=False)
+    for at, adapter in enumerate(hundred_adapters):
+        driver.generate(f"r{at}", prompt=prompt_of(9, at), adapter=adapter, max_tokens=3, ignore_eos=True)
+    while driver.engine.has_work:
+        driver.step()
+        if not driver.engine.is_runnable:
+            time.sleep(0.001)
+    assert not driver.failed
+    stats = driver.engine.stats()
+    counts = {(count.tier, count.what): count.count for count in stats.lookups}
+    gone = {(count.tier, count.what): count.count for count in stats.evictions}
+    assert counts["host", "miss"] == 100, "none is there before somebody asks for it"
+    assert 80 <= gone["host", "room"] <= 100, "none is put out for others before it was used"
+    driver.check_idle()

@@ -290,3 +290,73 @@ def test_nothing_goes_in_vain_where_pinned_images_leave_no_run_of_blocks(harness
     for path in "ace":
         store.unpin(path, 0)
     assert isinstance(harness.load(store, "big:3"), Ready)
+
+
+def test_what_has_just_been_read_outlives_what_was_wanted_long_ago(harness, monkeypatch):
+    rates, store = value_store(harness, monkeypatch, units=2)
+    rates.note("old")
+    harness.load(store, "old")
+    harness.now += 1000.0
+    harness.load(store, "first")  # whom nobody could count: its identity was not known
+    harness.load(store, "second")
+    assert store.state("old", 0) == Absent()
+    assert isinstance(store.state("first", 0), Ready)
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_what_is_held_stays_from_the_moment_it_is_read(harness, monkeypatch, by_value):
+    store = value_store(harness, monkeypatch, units=2)[1] if by_value else harness.store(units=2)
+    store.hold("a", 0)
+    store.hold("a", 0)
+    for path in ("a", "b", "c", "d"):
+        harness.load(store, path)
+    assert isinstance(store.state("a", 0), Ready)
+    assert store.is_secured("a", 0)
+    store.release("a", 0)
+    harness.load(store, "e")
+    assert isinstance(store.state("a", 0), Ready)
+    store.release("a", 0)
+    assert not store.is_held("a", 0)
+    for path in ("f", "g"):
+        harness.load(store, path)
+    assert store.state("a", 0) == Absent()
+
+
+def test_what_is_held_when_it_is_here_already_stays_once_it_is_secured(harness):
+    store = harness.store(units=2)
+    harness.load(store, "a")
+    assert store.secure("a", 0)
+    assert not store.is_secured("a", 0), "nobody holds it"
+    store.hold("a", 0)
+    assert store.secure("a", 0)
+    for path in ("b", "c"):
+        harness.load(store, path)
+    assert isinstance(store.state("a", 0), Ready)
+    store.hold("b", 0)
+    assert not store.secure("b", 0), "it has gone"
+    assert store.secures_only({("a", 0)})
+    assert not store.secures_only({("b", 0)})
+
+
+def test_what_is_forgotten_while_it_is_held_goes_with_the_last_hold(harness):
+    store = harness.store(units=2)
+    store.hold("a", 0)
+    harness.load(store, "a")
+    store.forget("a", 0)
+    assert isinstance(store.state("a", 0), Ready)
+    store.release("a", 0)
+    assert store.state("a", 0) == Absent()
+    assert store.stats.images == 0
+
+
+def test_a_hold_outlives_a_registration_that_is_forgotten_while_it_loads(harness):
+    store = harness.store(units=2)
+    harness.reader.gate.clear()
+    store.hold("a", 0)
+    store.request("a", 0)
+    store.forget("a", 0)
+    harness.reader.gate.set()
+    harness.load(store, "a")
+    assert store.is_secured("a", 0)
+    store.release("a", 0)
+    assert not store.is_secured("a", 0)

@@ -212,6 +212,7 @@ def test_a_mix_waits_behind_one_that_the_host_cannot_hold_and_goes_on_when_that_
     wait_until(lambda: host.step() is None and host.store.stats.waiting_for_room == 1)
     assert not host.store.waits_for_room([("e", 0)])
     assert isinstance(host.store.state("e", 0), Absent), "the second mix asks for nothing yet"
+    assert host.step() is None  # which sees that nothing can go on
     host.now += 6.0
     wait_until(lambda: host.step() == ["too many"])
     wait_until(lambda: host.step() == ["second"])
