@@ -18,14 +18,15 @@ _log = logging.getLogger(__name__)
 MOST_THREADS = 64
 """However many loads are stuck."""
 
-_STUCK_SECONDS = 0.5
+_STUCK_SECONDS = 0.1
+"""So long may a load of a small adapter take; most wait for a disk or a remote beyond that."""
 
 
 class LoaderThreads:
     """Threads that load what is queued. No exception ends one.
 
     While they are stuck in loads that take long, as where a file system hangs, a remote is slow or an image waits for
-    room, further ones are started: a load waits for no other one for longer than half a second.
+    room, further ones are started: a load waits for no other one for much longer than a tenth of a second.
 
     Args:
         count: of threads that work when nothing is stuck.
@@ -71,6 +72,8 @@ class LoaderThreads:
         """Start a thread while something waits and fewer than ``count`` threads are free or have just begun."""
         while not self.closing.wait(_STUCK_SECONDS / 2):
             with self._changed:
+                while not self.queue.has_next and not self.closing.is_set():
+                    self._changed.wait()
                 stuck_at = time.monotonic() - _STUCK_SECONDS
                 stuck = sum(since < stuck_at for since in self._busy_since.values())
                 free = len(self._threads) - stuck

@@ -34,7 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int = 4096
     prefill_chunk: int = 512
     threads: int | None = None
-    loader_threads: int = 2
+    loader_threads: int | None = None
     allow_bin: bool = False
     poison_freed_pages: bool = False
     prefix_caching: bool = True

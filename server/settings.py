@@ -126,7 +126,13 @@ class Settings(BaseSettings):
     host_adapter_bytes: ByteSize = Field(
         ByteSize(4 << 30), gt=0, description="Host memory for adapters that are not in the pool."
     )
-    loader_threads: int = Field(2, ge=1, le=64, description="Threads that read and verify adapters.")
+    loader_threads: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Threads that read and verify adapters, and further ones while those wait for files; one for every "
+        "four cores, at most eight, if absent.",
+    )
     cache_dir: Path | None = Field(
         None, description="Folder for adapters fetched from remote sources; below the user's cache folder if absent."
     )

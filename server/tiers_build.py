@@ -98,7 +98,7 @@ def build_tiers(
         shape.page_elems,
         shape.dtype,
         byte_limit=config.host_adapter_bytes,
-        threads=config.loader_threads,
+        threads=config.loader_threads or loader_threads(len(os.sched_getaffinity(0))),
         pin_memory=pin_memory,
         reader=reader,
         rates=rates,
@@ -112,6 +112,15 @@ def build_tiers(
     kv = KvCache(pool, shape.page_tokens, PrefixCache(pool, pool_rates, costs.of_page))
     directory = HostDirectory(store, adapters, num_pages, base.num_layers, sources.expire, sources.last_fetch)
     return Tiers(pool, kv, adapters, store, directory, pool_rates, rates, costs, cache)
+
+
+def loader_threads(num_cores: int) -> int:
+    """How many read adapters at once where no setting says so.
+
+    What reads from the page cache takes a core from the operators and the interpreter from the step loop: on two cores,
+    two at once cost the steps more than one after another. Those that wait for a disk or a remote get help.
+    """
+    return min(8, max(1, num_cores // 4))
 
 
 def _order(config: EngineConfig) -> EvictionOrder:

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--few", type=int, default=100, help="adapters of the trace that it is compared with")
     many.add_argument("--slices", type=int, default=10, help="turns of each trace")
     many.add_argument("--profile", action="store_true", help="the step loop's functions, too")
-    many.add_argument("--loader-threads", type=int, default=2)
+    many.add_argument("--loader-threads", type=int)
     for one, base, adapters, lengths in ((quarter, "0.37b", 32, (32, 4)), (many, "small", 10_000, (64, 32))):
         one.add_argument("--base", choices=list(SIZES), default=base)
         one.add_argument("--adapters", type=int, default=adapters)

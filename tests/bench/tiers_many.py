@@ -50,7 +50,7 @@ class ManyRun:
     pool_share: float = 0.05
     host_share: float = 0.25
     threads: int | None = None
-    loader_threads: int = 2
+    loader_threads: int | None = None
     with_profile: bool = False
     inline: bool = False
 
