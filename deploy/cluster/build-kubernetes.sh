@@ -24,8 +24,10 @@ apt-get "${own_lists[@]}" -qq update
 (cd "$build" && apt-get "${own_lists[@]}" -qq source kubernetes)
 
 source=$(find "$build" -mindepth 1 -maxdepth 1 -type d -name 'kubernetes-*')
-if [[ $source != "$build/kubernetes-$KUBERNETES_VERSION" ]]; then
-  echo "Debian has $(basename "$source"), not $KUBERNETES_VERSION: KUBERNETES_VERSION in settings.sh must follow" >&2
+version=${source##*/kubernetes-}
+version=${version##*really}  # 1.20.5+really1.20.2 is how Debian goes back to 1.20.2
+if [[ $version != "$KUBERNETES_VERSION" ]]; then
+  echo "Debian has $version, not $KUBERNETES_VERSION: KUBERNETES_VERSION in settings.sh must follow" >&2
   exit 1
 fi
 mkdir -p "$build/go/src/k8s.io" "$build/home"
