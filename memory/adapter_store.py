@@ -5,25 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
-from functools import partial
 
 import torch
 
-from loraplex.memory.adapter_blueprint import Blueprints
-from loraplex.memory.adapter_errors import AdapterChangedError, AdapterFileError
+from loraplex.memory.adapter_errors import AdapterChangedError
 from loraplex.memory.adapter_image import AdapterImage
-from loraplex.memory.adapter_merge import read_source
 from loraplex.memory.adapter_spec import AdapterSpec, BaseShape, BaseWeights
 from loraplex.memory.arrival_rates import NEVER, ArrivalRates, worth_of
 from loraplex.memory.eviction_order import EvictionOrder, LruOrder
 from loraplex.memory.host_slab import HostSlab
-from loraplex.memory.image_plan import ImagePlan, ImagePlans
 from loraplex.memory.store_holds import Holds
 from loraplex.memory.store_images import HeldImage, HostImages
 from loraplex.memory.store_read_times import ReadTimes
+from loraplex.memory.store_reading import AdapterReading, ReadAdapter, default_reader
 from loraplex.memory.store_records import Record, Records
-from loraplex.memory.store_retries import BackOff, read_patiently
+from loraplex.memory.store_retries import BackOff
 from loraplex.memory.store_states import (
     Absent,
     Content,
@@ -40,8 +36,6 @@ __all__ = ["Absent", "AdapterStore", "Content", "Failed", "LoadState", "Loading"
 
 _PATIENCE = 0.05
 """Seconds that a load waits for the memory of images that have gone but are still being read, before others go."""
-
-_FILE_TO_IMAGE = 4  # a file of float64 makes an image of a quarter of its size
 
 
 class AdapterStore:
@@ -95,17 +89,6 @@ class AdapterStore:
         self._num_layers = shape.num_layers
         self._clock, self._rates = clock, rates
         self._back_off = BackOff(first_retry_seconds, longest_retry_seconds)
-        self._plans = ImagePlans(shape.num_layers, page_elems, dtype)
-        self._reader = reader or partial(
-            read_source,
-            blueprints=Blueprints(),
-            shape=shape,
-            allow_bin=allow_bin,
-            max_bytes=_FILE_TO_IMAGE * byte_limit,
-            base_name=base_name,
-            dtype=dtype,
-            base_weights=base_weights,
-        )
         self._changed = threading.Condition()
         self._slab = HostSlab(byte_limit, page_elems, dtype, page_locked=pin_memory, on_return=self._wake)
         self._images = HostImages(self._slab, byte_limit, order or LruOrder(), self._worth, self._note_gone)
@@ -117,7 +100,18 @@ class AdapterStore:
         self._hits = self._misses = self._loads = self._failures = 0
         self._threads = LoaderThreads(threads, self._changed, self._load, self._fail, on_change)
         self._queue = self._threads.queue
-        self._sleep = sleep or self._threads.closing.wait
+        self._reading = AdapterReading(
+            reader
+            or default_reader(
+                shape, dtype, byte_limit, allow_bin=allow_bin, base_name=base_name, base_weights=base_weights
+            ),
+            num_layers=shape.num_layers,
+            page_elems=page_elems,
+            dtype=dtype,
+            block_bytes=self._slab.block_bytes,
+            byte_limit=byte_limit,
+            sleep=sleep or self._threads.closing.wait,
+        )
         self._threads.start()
 
     def request(self, path: str, revision: int) -> None:
@@ -380,48 +374,35 @@ class AdapterStore:
 
     def _load(self, record: Record) -> None:
         began, started = self._clock(), time.perf_counter()
-        spec = read_patiently(partial(self._reader, record.key[0]), self._sleep)
-        plan = self._plans.plan(spec)
-        content, heap_bytes = self._content_of(spec, plan)
+        read = self._reading.read(record.key[0])
         seconds = time.perf_counter() - started
         with self._changed:
-            held = self._find_room(record, content, heap_bytes)
+            held = self._find_room(record, read)
             if held is None or held.image is not None:
-                self._publish(record, held, content, seconds, began)
+                self._publish(record, held, read.content, seconds, began)
                 return
         started = time.perf_counter()
-        image = self._lay_out(spec, plan, held)
+        image = self._lay_out(read, held)
         seconds += time.perf_counter() - started
         with self._changed:
             self._images.finish(held, image)
-            self._moves.add(spec.identity)
+            self._moves.add(read.content.identity)
             try:
-                self._publish(record, held, content, seconds, began)
+                self._publish(record, held, read.content, seconds, began)
             finally:
                 self._images.drop_unshared(held, "forgotten")
 
-    def _content_of(self, spec: AdapterSpec, plan: ImagePlan) -> tuple[Content, int]:
-        """What was read, and the bytes that it takes beside its rows."""
-        heap_bytes = spec.token_routes.num_bytes if spec.token_routes else 0
-        num_bytes = heap_bytes + self._num_layers * plan.content.num_pages * self._slab.block_bytes
-        if num_bytes > self.byte_limit:
-            raise AdapterFileError(
-                f"the adapter takes {num_bytes} bytes in the host store, which may hold {self.byte_limit}", key="bytes"
-            )
-        content = replace(plan.content, identity=spec.identity, warnings=spec.warnings, num_bytes=num_bytes)
-        return content, heap_bytes
-
-    def _find_room(self, record: Record, content: Content, heap_bytes: int) -> HeldImage | None:
+    def _find_room(self, record: Record, read: ReadAdapter) -> HeldImage | None:
         """The room of an image: that of the same content once it is laid out, or new room, as soon as there is some.
 
         None when the registration was forgotten or the store closes.
         """
         patient = True
         while self._records.is_current(record) and not self._threads.closing.is_set():
-            _check_expected(record, content)
-            held = self._images.find(content.identity)
+            _check_expected(record, read.content)
+            held = self._images.find(read.content.identity)
             if held is None:
-                held = self._images.reserve(content, self._num_layers, heap_bytes, patient=patient)
+                held = self._images.reserve(read.content, self._num_layers, read.heap_bytes, patient=patient)
                 if held is not None:
                     return held
                 self._cramped.add(record.key)
@@ -431,9 +412,9 @@ class AdapterStore:
             self._cramped.discard(record.key)
         return None
 
-    def _lay_out(self, spec: AdapterSpec, plan: ImagePlan, held: HeldImage) -> AdapterImage:
+    def _lay_out(self, read: ReadAdapter, held: HeldImage) -> AdapterImage:
         try:
-            return self._plans.build(spec, plan, held.room.parts, held.room)
+            return self._reading.lay_out(read, held.room)
         except BaseException:
             with self._changed:
                 self._images.abandon(held)

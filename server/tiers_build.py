@@ -24,6 +24,7 @@ from loraplex.memory.page_pool import PagePool
 from loraplex.memory.prefix_cache import PrefixCache
 from loraplex.memory.source_reader import SourceReader
 from loraplex.memory.source_remotes import Remotes
+from loraplex.memory.store_reading import FILE_TO_IMAGE
 from loraplex.server.engine_config import EngineConfig
 from loraplex.server.errors import EngineStartError
 from loraplex.server.host_directory import HostDirectory
@@ -32,7 +33,6 @@ from loraplex.server.rebuild_costs import RebuildCosts
 _log = structlog.get_logger(__name__)
 
 _SLOW_MEMORY_SECONDS = 600.0
-_FILE_TO_IMAGE = 4  # a file of float64 makes an image of a quarter of its size
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def build_tiers(
         sources,
         shape=base,
         allow_bin=config.allow_bin,
-        max_bytes=_FILE_TO_IMAGE * config.host_adapter_bytes,
+        max_bytes=FILE_TO_IMAGE * config.host_adapter_bytes,
         base_name=(config.model_name or config.model, config.model),
         dtype=shape.dtype,
         base_weights=base_weights,
