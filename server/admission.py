@@ -1,6 +1,7 @@
 """Admission: which waiting sequences come in, and when their adapters are fetched.
 
-A waiting sequence is in one of three places. *In line*: ordered by arrival, considered a bounded number at a time.
+A waiting sequence is in one of three places. *In line*: ordered by when its first token is due (``Request.due``), which
+is by arrival unless clients say what they hope for, and considered a bounded number at a time.
 *Loading*: some of its adapters are on their way from disk; it stands aside (see ``adapter_gate.py``), so that it holds
 nobody up, and returns to its place. *Deferred*: its adapters are not known to be on the host and enough others load
 already, or another mix of adapters waits for a part of its own; it returns when that is done. A preempted sequence gets
@@ -30,19 +31,22 @@ from loraplex.server.step_plan import StepPlan, cut_chunk
 by_arrival = attrgetter("seq_id")
 """Sort key of sequences: ids rise with arrival."""
 
+by_due = attrgetter("request.due", "seq_id")
+"""Sort key of those that wait."""
 
-class ArrivalQueue:
-    """Sequences ordered by arrival: the next ones are read in order, any one can be taken out."""
+
+class WaitingLine:
+    """Sequences ordered by when they are due: the next ones are read in order, any one can be taken out."""
 
     def __init__(self) -> None:
-        # A sorted list: arrivals go to its end, and moving even 10^4 pointers costs microseconds.
+        # A sorted list: most arrivals go to its end, and moving even 10^4 pointers costs microseconds.
         self._sequences: list[Sequence] = []
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def add(self, sequence: Sequence) -> None:
-        insort(self._sequences, sequence, key=by_arrival)
+        insort(self._sequences, sequence, key=by_due)
 
     def first(self, count: int) -> list[Sequence]:
         """The earliest ones, as a new list."""
@@ -50,7 +54,7 @@ class ArrivalQueue:
 
     def discard(self, sequence: Sequence) -> bool:
         """Take a sequence out; False if it is not here."""
-        at = bisect_left(self._sequences, sequence.seq_id, key=by_arrival)
+        at = bisect_left(self._sequences, by_due(sequence), key=by_due)
         found = at < len(self._sequences) and self._sequences[at] is sequence
         if found:
             del self._sequences[at]
@@ -88,9 +92,9 @@ class Admission:
         self._adapters = adapters
         self._page_ins = page_ins
         self._clock = clock
-        self._in_line = ArrivalQueue()
-        self._deferred = ArrivalQueue()
-        self._contended = ArrivalQueue()
+        self._in_line = WaitingLine()
+        self._deferred = WaitingLine()
+        self._contended = WaitingLine()
         self.gate = AdapterGate(pool, kv, adapters, directory, config.max_loading, note_arrival, clock)
         self.prefix_hit_tokens = 0
         self.blocked: Sequence | None = None
@@ -128,7 +132,7 @@ class Admission:
             )
 
     def submit(self, sequence: Sequence) -> None:
-        """Put a waiting sequence in line at its place by arrival."""
+        """Put a waiting sequence in line at its place."""
         self._in_line.add(sequence)
 
     def withdraw(self, sequence: Sequence) -> None:
@@ -153,7 +157,7 @@ class Admission:
     def admit(
         self, plan: StepPlan, running: list[Sequence], budget: int, fail: FailRequest, *, idle: bool = True
     ) -> None:
-        """Let sequences in, in order of arrival, and plan their first chunks and page-ins.
+        """Let sequences in, in the order of the line, and plan their first chunks and page-ins.
 
         Adapters of the sequences considered start to load even where nobody can come in. If the plan of an idle machine
         has no chunks afterwards, every sequence waits for an adapter.

@@ -57,9 +57,12 @@ class Job:
     n: int
     echoes: tuple[str | None, ...] | None = None
 
-    def named(self, origin: str) -> Job:
-        """The same job, whose commands carry what logs call the request."""
-        commands = tuple(msgspec.structs.replace(command, origin=origin) for command in self.commands)
+    def asked_for(self, origin: str, first_token_within: float | None) -> Job:
+        """The same job, whose commands carry what logs call the request, and its hope for the first token."""
+        commands = tuple(
+            msgspec.structs.replace(command, origin=origin, first_token_within=first_token_within)
+            for command in self.commands
+        )
         return replace(self, commands=commands)
 
     @property

@@ -33,6 +33,7 @@ class HttpConfig:
         max_mix_adapters: the most adapters in one weighted list.
         max_routing_tokens: the most tokens whose routes one answer tells.
         max_adapter_series: the most adapters that the metrics tell of by name.
+        slo_order: whether hopes for the first token order those who wait.
         metrics_compat: whose names the metrics have beside their own.
         metrics_share: the most of the event loop's time that writing metrics may take; scrapes in between are given
             the last page.
@@ -56,6 +57,7 @@ class HttpConfig:
     max_mix_adapters: int = 8
     max_routing_tokens: int = 4096
     max_adapter_series: int = 100
+    slo_order: bool = True
     metrics_compat: MetricsCompat = "none"
     metrics_share: float = 0.05
     ping_seconds: float = 15.0

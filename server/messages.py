@@ -72,7 +72,7 @@ class Generate(Message, frozen=True, kw_only=True):
 
     ``adapter`` is None for the base model and where there is a ``mix``. ``return_routing`` asks for the experts that
     routers chose for each token. Only requests of equal ``cache_salt`` begin with each other's K/V. ``origin`` is what
-    logs call the request.
+    logs call the request. ``first_token_within`` is in how many seconds after its arrival its first token is hoped for.
     """
 
     request_id: str
@@ -84,6 +84,7 @@ class Generate(Message, frozen=True, kw_only=True):
     return_routing: bool = False
     cache_salt: str = ""
     origin: str = ""
+    first_token_within: float | None = None
 
 
 class Abort(Message, frozen=True, kw_only=True):

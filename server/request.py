@@ -16,6 +16,13 @@ from loraplex.server.span_times import AdapterLoad
 NEVER: Final = 2**31 - 1
 """A position behind any token: an adapter that starts here does not act at all."""
 
+USUAL_PATIENCE: Final = 2.0
+"""Seconds to the first token of a request that does not say what it hopes for. Also what the most urgent one can gain
+on others: nobody who is silent comes in behind those who came more than that later."""
+
+LONGEST_PATIENCE: Final = 60.0
+"""Seconds; who can wait for longer still comes in after that."""
+
 
 class SequenceState(Enum):
     """Where a sequence is in its life."""
@@ -205,6 +212,7 @@ class Request:
         weights: of the adapters asked for; empty for the base model.
         prompt_ids: at least one.
         arrival: monotonic seconds.
+        due: likewise, when its first token is hoped for; who waits comes in by that.
         max_total_tokens: prompt and output together; reaching it ends a choice.
         stop_ids: tokens that end a choice.
         return_routing: whether to report the experts that routers choose.
@@ -229,6 +237,7 @@ class Request:
     weights: Mapping[AdapterRef, float]
     prompt_ids: list[int] = field(repr=False)
     arrival: float
+    due: float
     max_total_tokens: int
     stop_ids: frozenset[int] = field(repr=False)
     return_routing: bool = False
@@ -282,6 +291,7 @@ def make_request(
         weights=weights,
         prompt_ids=generate.prompt_ids,
         arrival=arrival,
+        due=arrival + _patience(generate.first_token_within),
         max_total_tokens=max_total_tokens,
         stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
         return_routing=generate.return_routing,
@@ -307,6 +317,10 @@ def make_request(
     request.held_back = request.sequences[1:]
     request.num_live = generate.n
     return request
+
+
+def _patience(hoped_for: float | None) -> float:
+    return USUAL_PATIENCE if hoped_for is None else min(hoped_for, LONGEST_PATIENCE)
 
 
 def _weights(generate: Generate) -> dict[AdapterRef, float]:

@@ -128,8 +128,8 @@ class Answers:
         timing = RequestTiming(started=trace.started)
         tenant = edge.metrics.tenants[trace.tenant or DEFAULT_TENANT]
         hints = slo_hints(request.headers)
-        named = job.named(trace.request_id)
-        generation = Generation(named, edge.engine, edge.tokenizer, edge.metrics, timing, tenant, hints)
+        asked = job.asked_for(trace.request_id, hints.first_token if edge.config.slo_order else None)
+        generation = Generation(asked, edge.engine, edge.tokenizer, edge.metrics, timing, tenant, hints)
         head = head_of(body, answer_id, edge.config.model_name, admitted.target)
         parts = admitted.target.chosen.parts
         trace.generation = GenerationRecord(

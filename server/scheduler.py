@@ -2,8 +2,8 @@
 
 It decides and touches no tensor. A step is ``schedule`` (which gives a ``StepPlan``), the model's work, and
 ``complete``. Running sequences with one token to compute come first, so prompts never hold up decoding; what is left of
-the step's token budget goes to prompts under way, then to sequences from the line (see ``admission.py``), each by
-arrival.
+the step's token budget goes to prompts under way, by arrival, then to sequences from the line, by when their first
+token is due (see ``admission.py``).
 
 The next step can be planned while one is in flight. Its chunks count as computed then, and where it samples, its
 sequence has one token whose id is *pending* until ``complete``. A sequence whose end depends on that token alone is

@@ -195,6 +195,11 @@ class Settings(BaseSettings):
         "none",
         description="vllm: also the metrics that cluster routers read of vLLM, under its names (docs/routing.md).",
     )
+    slo_order: bool = Field(
+        True,
+        description="Let waiting requests in by when their first token is due: the milliseconds of x-slo-ttft-ms after "
+        "their arrival, or two seconds.",
+    )
     engine: Literal["process", "inline"] = Field("process", description="inline runs the engine in the HTTP process.")
     log_level: LogLevel = Field("info", description="Least severe messages to log.")
     log_format: LogFormat = Field("console", description="json writes one object a line.")
@@ -288,6 +293,7 @@ class Settings(BaseSettings):
             max_mix_adapters=self.max_mix_adapters,
             max_adapter_series=self.max_adapter_series,
             metrics_compat=self.metrics_compat,
+            slo_order=self.slo_order,
             max_routing_tokens=self.max_routing_tokens,
             drain_seconds=self.drain_seconds,
             access_log=self.access_log,

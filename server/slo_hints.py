@@ -1,5 +1,6 @@
 """What clients and gateways hope for: ``x-slo-ttft-ms`` and ``x-slo-tpot-ms``, the time to the first token and the mean
-time between tokens. They change nothing in the order of requests; they are counted as met or missed."""
+time between tokens. The first decides who of those that wait comes in first (``slo_order``); both are counted as met or
+missed."""
 
 from __future__ import annotations
 

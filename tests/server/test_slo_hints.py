@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,3 +65,13 @@ def test_headers_of_gateways_are_let_through(client: TestClient) -> None:
     }
     answer = client.post("/v1/completions", json={"prompt": "a", "model": "red"}, headers=headers)
     assert (answer.status_code, answer.json()["model"]) == (200, "red")
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_hopes_for_the_first_token_reach_the_scheduler_unless_the_order_is_of_arrival(
+    make_client: Callable[..., TestClient], engine: Any, ordered: bool
+) -> None:
+    with make_client(slo_order=ordered) as client:
+        ask(client, x_slo_ttft_ms="250", x_slo_tpot_ms="10")
+        ask(client)
+    assert [command.first_token_within for command in engine.commands] == [0.25 if ordered else None, None]

@@ -93,6 +93,7 @@ class Rig:
         max_tokens: int = 8,
         return_routing: bool = False,
         cache_salt: str = "",
+        first_token_within: float | None = None,
         **params: object,
     ) -> None:
         self._added += 1
@@ -108,6 +109,7 @@ class Rig:
                 n=n,
                 return_routing=return_routing,
                 cache_salt=cache_salt,
+                first_token_within=first_token_within,
             )
         )
 

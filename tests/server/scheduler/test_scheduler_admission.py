@@ -248,3 +248,40 @@ def test_a_step_looks_only_so_far_down_the_line(make_rig: Make) -> None:
     for _ in range(3):
         rig.step()
     assert set(rig.directory.lookups) == {f"adapter {number}" for number in range(5)}
+
+
+def order_of_entry(rig: Any) -> list[str]:
+    return [output.request_id for output in rig.drain() if output.finish_reason]
+
+
+def test_who_hopes_for_a_first_token_soon_comes_in_before_the_others(make_rig: Make) -> None:
+    rig = make_rig(max_running=1)
+    for name, within in (("silent", None), ("patient", 30.0), ("urgent", 0.5), ("most urgent", 0.1), ("last", None)):
+        rig.add(name, max_tokens=1, n=2 if name == "urgent" else 1, first_token_within=within)
+    assert order_of_entry(rig) == ["most urgent", "urgent", "urgent", "silent", "last", "patient"]
+
+
+def test_nobody_who_is_silent_waits_for_those_who_came_more_than_two_seconds_later(make_rig: Make) -> None:
+    rig = make_rig(max_running=1)
+    rig.add("silent", max_tokens=1)
+    rig.add("patient", max_tokens=1, first_token_within=1e9)
+    rig.now = 1.9
+    rig.add("urgent", max_tokens=1, first_token_within=0.01)
+    rig.now = 2.0
+    rig.add("too late", max_tokens=1, first_token_within=0.01)
+    rig.now = 60.0
+    rig.add("much later", max_tokens=1, first_token_within=0.01)
+    assert order_of_entry(rig) == ["urgent", "silent", "too late", "patient", "much later"]
+
+
+def test_who_stands_aside_for_an_adapter_returns_to_its_place(make_rig: Make) -> None:
+    rig = make_rig(max_running=1)
+    rig.directory.status["slow"] = AdapterLoading()
+    rig.add("running", max_tokens=2)
+    rig.step()
+    rig.add("urgent", adapter="slow", max_tokens=1, first_token_within=0.1)
+    rig.add("silent", max_tokens=1)
+    rig.add("other", max_tokens=1, first_token_within=0.2)
+    rig.step()
+    rig.directory.status["slow"] = AdapterReady("slow", 1)
+    assert order_of_entry(rig)[-3:] == ["urgent", "other", "silent"]

@@ -101,6 +101,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 n=n,
                 return_routing=return_routing,
                 cache_salt=cache_salt,
+                first_token_within=(None, 0.1, 30.0)[self.count % 3],
             )
         )
 
@@ -247,6 +248,7 @@ def random_request(
         mix=tuple(WeightedAdapter(adapter=simulator.ref(name), weight=rng.choice([0.5, 2.0])) for name in mix),
         n=rng.choice([1, 1, 1, 2, 4]),
         return_routing=rng.random() < 0.3,
+        first_token_within=rng.choice([None, None, 0.1, 30.0]),
     )
 
 
