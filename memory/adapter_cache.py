@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-from loraplex.memory.arrival_rates import ArrivalRates, worth_of
+from loraplex.memory.arrival_rates import NEVER, ArrivalRates, worth_of
 from loraplex.memory.page_pool import OutOfPages, PagePool
 
 
@@ -27,7 +27,8 @@ class AdapterCache:
 
     Args:
         pool: that the pages are of.
-        rates: how often each identity is wanted; without them every idle adapter is worth the same.
+        rates: how often each identity is wanted; what has never been comes in as wanted once. Without rates every idle
+            adapter is worth the same.
         rebuild_seconds: to have an adapter in the pool again if it were put out now, by identity and pages; without
             it, 1.
 
@@ -153,6 +154,8 @@ class AdapterCache:
         self._missing_kept.pop(identity, None)
         self.loads += 1
         self._changes.add(identity)
+        if self._rates is not None and self._rates.log_weight(identity) == NEVER:
+            self._rates.note(identity)  # no request has come for it: somebody has had it fetched beforehand
         self._add_idle(identity, pages)
         return pages
 

@@ -225,11 +225,25 @@ def test_what_is_wanted_more_often_or_costs_more_stays(
     costs["d"] = 1.0
     by_value.admit("d", 1)
     assert by_value.resident == ("b", "a", "d")
-    # Never wanted, the newcomer goes before all others.
+    # Never asked for, the newcomer counts as wanted once, for which it is worth three times as much a page.
     costs["e"] = 1.0
     rates.note("e")
     by_value.admit("e", 3)
-    assert by_value.resident == ("b", "a", "e")
+    assert by_value.resident == ("a", "d", "e")
+
+
+def test_what_was_fetched_beforehand_outlives_what_was_wanted_long_ago(costs: dict[str, float]) -> None:
+    now = 0.0
+    rates = ArrivalRates(30.0, clock=lambda: now)
+    cache = AdapterCache(PagePool(6, order=ValueOrder()), rates)
+    for name in "ab":
+        rates.note(name)
+    cache.admit("a", 3)
+    now = 100.0
+    cache.admit("fetched", 3)
+    cache.admit("b", 3)
+    assert cache.resident == ("fetched", "b")
+    assert rates.log_weight("fetched") == pytest.approx(100 / 30)
 
 
 def test_a_size_is_what_a_worth_is_divided_by(rates: ArrivalRates) -> None:
