@@ -16,8 +16,11 @@ takes ten times as long: it works in blocks of at most so many elements."""
 def one_thread() -> Iterator[None]:
     """Keep torch from sharing out this thread's operations to others.
 
-    A loader that waits for threads which the model keeps busy takes many times as long, and slows the model. torch
-    keeps the number for each thread; only threads that use torch for the first time meanwhile would inherit it.
+    A loader that waits for threads which the model keeps busy takes many times as long. And it slows the model: OpenMP
+    starts a team for each thread that shares out work, and while a process has more of their threads than cores, its
+    libgomp lets idle ones sleep at once, which makes small operators take four times as long.
+
+    torch keeps the number for each thread; only threads that use torch for the first time meanwhile would inherit it.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from traceback import format_exception
 
 from loraplex.memory.adapter_errors import AdapterFileError
+from loraplex.memory.serial_torch import one_thread
 from loraplex.memory.store_queue import LoadQueue
 from loraplex.memory.store_records import Record
 
@@ -23,7 +24,7 @@ _STUCK_SECONDS = 0.1
 
 
 class LoaderThreads:
-    """Threads that load what is queued. No exception ends one.
+    """Threads that load what is queued. No exception ends one, and none has torch share out its work to others.
 
     While they are stuck in loads that take long, as where a file system hangs, a remote is slow or an image waits for
     room, further ones are started: a load waits for no other one for much longer than a tenth of a second.
@@ -117,7 +118,8 @@ class LoaderThreads:
 
     def _run(self, record: Record) -> None:
         try:
-            self._load(record)
+            with one_thread():
+                self._load(record)
         except BaseException as error:
             if not isinstance(error, AdapterFileError):
                 # As text: the frames of a traceback hold the file's bytes and tensors, and a log may keep it.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
+import torch
 
 from loraplex.memory import store_threads
 from loraplex.memory.adapter_errors import AdapterChangedError
@@ -201,3 +203,24 @@ def test_who_waits_for_room_is_told_by_registration(harness):
     store.unpin("a:2", 0)
     harness.wait_until(lambda: isinstance(store.state("b", 0), Ready))
     assert not store.waits_for_room([("b", 0)])
+
+
+def test_loads_compute_in_their_own_thread_alone(harness):
+    """Else OpenMP would have more threads than there are cores, and wake them slowly."""
+    seen: list[int] = []
+
+    def reader(path: str) -> Any:
+        seen.append(torch.get_num_threads())
+        return harness.spec_of(path)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        store = harness.store(reader=reader)
+        for path in "abc":
+            harness.load(store, path)
+        store.close()
+        assert seen == [1, 1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
