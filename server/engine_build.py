@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from loraplex.server.adapter_reports import AdapterReports
 from loraplex.server.base_matrices import BaseMatrices
 from loraplex.server.batch import BatchMaker
 from loraplex.server.checkpoint import find_checkpoint, read_config
+from loraplex.server.cores import usable_cores
 from loraplex.server.decoder import Decoder
 from loraplex.server.device_build import build_device_runner
 from loraplex.server.device_runner import DeviceRunner
@@ -73,7 +73,7 @@ def build_engine(
     Raises:
         LoraplexError: the model or the settings cannot be served; the message says why.
     """
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or usable_cores())
     folder = find_checkpoint(config.model)
     hf_config = read_config(folder)
     traits = read_traits(hf_config)

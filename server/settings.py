@@ -102,7 +102,11 @@ class Settings(BaseSettings):
         "has to be installed.",
     )
     graphs: bool = Field(True, description="Replay steps that only decode from CUDA graphs; off to look for faults.")
-    threads: int | None = Field(None, ge=1, description="CPU threads for the model; all cores if absent.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads for the model; all cores that the container may use if absent.",
+    )
     max_model_len: int | None = Field(None, ge=1, description="Longest context in tokens; the model's own if absent.")
 
     pool_bytes: ByteSize | None = Field(

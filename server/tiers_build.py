@@ -25,6 +25,7 @@ from loraplex.memory.prefix_cache import PrefixCache
 from loraplex.memory.source_reader import SourceReader
 from loraplex.memory.source_remotes import Remotes
 from loraplex.memory.store_reading import FILE_TO_IMAGE
+from loraplex.server.cores import usable_cores
 from loraplex.server.engine_config import EngineConfig
 from loraplex.server.errors import EngineStartError
 from loraplex.server.host_directory import HostDirectory
@@ -98,7 +99,7 @@ def build_tiers(
         shape.page_elems,
         shape.dtype,
         byte_limit=config.host_adapter_bytes,
-        threads=config.loader_threads or loader_threads(len(os.sched_getaffinity(0))),
+        threads=config.loader_threads or loader_threads(usable_cores()),
         pin_memory=pin_memory,
         reader=reader,
         rates=rates,
