@@ -63,8 +63,8 @@ def config_of(run: ManyRun, model: Path) -> EngineConfig:
     # The hundred fit both, else their trace would not be one without loads.
     held = max(run.few, int(run.pool_share * run.adapters))
     return EngineConfig(
-        dtype="float32",
         model=str(model),
+        dtype="float32",  # of the bytes above
         pool_bytes=(held * sizes.adapter_pages(run.rank) + kv_pages) * shape.page_bytes,
         host_adapter_bytes=max(run.few, int(run.host_share * run.adapters)) * sizes.adapter_bytes(run.rank),
         threads=run.threads,

@@ -94,6 +94,7 @@ def configs(run: QuarterRun, model: Path) -> dict[str, EngineConfig]:
     def config(held: int, host: int, eviction: str = "value") -> EngineConfig:
         return EngineConfig(
             model=str(model),
+            dtype="float32",  # of the page's bytes above
             pool_bytes=(held * pages + run.kv_pages) * page_bytes,
             host_adapter_bytes=host * images,
             eviction="lru" if eviction == "lru" else "value",
