@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from traceback import format_exception
 
+import torch
+
 from loraplex.memory.adapter_errors import AdapterFileError
 from loraplex.memory.serial_torch import one_thread
 from loraplex.memory.store_queue import LoadQueue
@@ -54,6 +56,7 @@ class LoaderThreads:
         self._changed = changed
         self._load, self._fail, self._on_change = load, fail, on_change
         self._count = count
+        self._torch_threads = torch.get_num_threads()
         self._busy_since: dict[int, float] = {}
         self._threads: list[threading.Thread] = []
         self._watch = threading.Thread(target=self._relieve, daemon=True)
@@ -118,7 +121,7 @@ class LoaderThreads:
 
     def _run(self, record: Record) -> None:
         try:
-            with one_thread():
+            with one_thread(afterwards=self._torch_threads):
                 self._load(record)
         except BaseException as error:
             if not isinstance(error, AdapterFileError):

@@ -222,5 +222,9 @@ def test_loads_compute_in_their_own_thread_alone(harness):
         store.close()
         assert seen == [1, 1, 1]
         assert torch.get_num_threads() == 3
+        inherited = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        inherited.start()
+        inherited.join()
+        assert seen[-1] == 3
     finally:
         torch.set_num_threads(before)
