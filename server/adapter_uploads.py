@@ -25,7 +25,7 @@ from loraplex.memory.adapter_config import CONFIG_NAME
 from loraplex.server.adapter_admin import AdapterAdmin, Wishes
 from loraplex.server.adapter_registry import AdapterRegistry, RegisteredAdapter, check_tags
 from loraplex.server.engine_client import EngineClient
-from loraplex.server.errors import InvalidRequestError, LoraplexError, UnavailableError
+from loraplex.server.errors import InvalidRequestError, LoraplexError, OverloadedError, UnavailableError
 from loraplex.server.lifecycle import check_ready
 from loraplex.server.registry_file import KEPT, RegistryFile, folder_place, sync_folder
 from loraplex.server.request_uploads import ARCHIVE, OVERHEAD_BYTES, UploadForm, too_large
@@ -54,6 +54,7 @@ class AdapterUploads:
     Args:
         file: the state folder; without one nothing can be uploaded.
         max_bytes: of an upload, packed and unpacked.
+        max_uploads: so many at once. Each may take ``max_bytes`` twice of the disk while it is checked.
     """
 
     def __init__(
@@ -63,12 +64,15 @@ class AdapterUploads:
         registry: AdapterRegistry,
         file: RegistryFile | None,
         max_bytes: int,
+        max_uploads: int = 8,
     ) -> None:
         self._admin = admin
         self._engine = engine
         self._registry = registry
         self._file = file
         self._max_bytes = max_bytes
+        self._max_uploads = max_uploads
+        self._under_way = 0
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._releases: set[asyncio.Task[None]] = set()
 
@@ -79,12 +83,20 @@ class AdapterUploads:
             InvalidRequestError: the form, a name or the adapter breaks a rule, or there is no state folder.
             PayloadTooLargeError: it exceeds the limit.
             InsufficientStorageError: the disk is full.
+            OverloadedError: as many as may be are under way.
         """
         try:
             file = self._admitted(request)
         except LoraplexError:
             await _discard(request)
             raise
+        self._under_way += 1
+        try:
+            return await self._staged(request, file)
+        finally:
+            self._under_way -= 1
+
+    async def _staged(self, request: Request, file: RegistryFile) -> RegisteredAdapter:
         staging = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=file.staging))
         try:
             return await self._received(request, file, staging)
@@ -123,6 +135,10 @@ class AdapterUploads:
                 code="uploads_disabled",
             )
         check_ready(self._engine)
+        if self._under_way >= self._max_uploads:
+            raise OverloadedError(
+                f"{self._under_way} uploads are under way, and the limit is {self._max_uploads} ('max_uploads')."
+            )
         announced = request.headers.get("content-length", "")
         size = int(announced) if announced.isdecimal() else 0
         if size > self._max_bytes + OVERHEAD_BYTES:

@@ -68,7 +68,7 @@ def create_app(
     )
     keeper = RegistryKeeper(registry, state)
     admin = AdapterAdmin(engine, registry, SourceRules(config.adapter_roots, config.adapter_sources), keeper)
-    uploads = AdapterUploads(admin, engine, registry, state, config.max_adapter_bytes)
+    uploads = AdapterUploads(admin, engine, registry, state, config.max_adapter_bytes, config.max_uploads)
     admin.on_release.append(uploads.release)
     engine.adapters.on_states.append(keeper.note)
     edge = Edge(

@@ -24,6 +24,7 @@ class HttpConfig:
         adapter_roots: folders below which ``lora_path`` must lie; none means any folder.
         adapter_sources: beginnings of addresses that adapters may be loaded from; none means no remote source.
         max_adapter_bytes: a larger upload is a 413, packed or unpacked; ``max_body_bytes`` is not for uploads.
+        max_uploads: at once; one more is a 429.
         stream_interval: tokens of a choice per streamed event; its first token never waits.
         strict_requests: refuse unknown request fields instead of naming them in a response header.
         drain_seconds: how long open streams may go on after the server was told to stop.
@@ -48,6 +49,7 @@ class HttpConfig:
     adapter_roots: tuple[Path, ...] = ()
     adapter_sources: tuple[str, ...] = ()
     max_adapter_bytes: int = 2 << 30
+    max_uploads: int = 8
     stream_interval: int = 1
     strict_requests: bool = False
     drain_seconds: float = 30.0

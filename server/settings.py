@@ -85,6 +85,7 @@ class Settings(BaseSettings):
         "restart; of one server alone. If absent, nothing survives and nothing can be uploaded.",
     )
     max_adapter_bytes: ByteSize = Field(ByteSize(2 << 30), gt=0, description="Largest upload, packed and unpacked.")
+    max_uploads: int = Field(8, ge=1, description="Uploads at once; one more is a 429.")
     allow_bin: bool = Field(
         False, description="Also read adapter_model.bin (with weights_only); off because it is pickle."
     )
@@ -292,6 +293,7 @@ class Settings(BaseSettings):
             adapter_roots=tuple(root.resolve() for root in self.adapter_roots),
             adapter_sources=self.adapter_sources,
             max_adapter_bytes=int(self.max_adapter_bytes),
+            max_uploads=self.max_uploads,
             stream_interval=self.stream_interval,
             strict_requests=self.strict_requests,
             max_mix_adapters=self.max_mix_adapters,
