@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from loraplex.memory.adapter_errors import AdapterChangedError
 from loraplex.memory.adapter_image import AdapterImage
-from loraplex.memory.adapter_spec import AdapterSpec, BaseShape, BaseWeights
+from loraplex.memory.adapter_spec import AdapterSpec, BaseShape
 from loraplex.memory.arrival_rates import NEVER, ArrivalRates, worth_of
 from loraplex.memory.eviction_order import EvictionOrder, LruOrder
 from loraplex.memory.host_slab import HostSlab
+from loraplex.memory.store_books import check_books
 from loraplex.memory.store_holds import Holds
 from loraplex.memory.store_images import HeldImage, HostImages
 from loraplex.memory.store_read_times import ReadTimes
-from loraplex.memory.store_reading import AdapterReading, ReadAdapter, default_reader
+from loraplex.memory.store_reading import AdapterReading, ReadAdapter
 from loraplex.memory.store_records import Record, Records
 from loraplex.memory.store_retries import BackOff
 from loraplex.memory.store_states import (
@@ -54,14 +55,17 @@ class AdapterStore:
         dtype: of the served model.
         byte_limit: budget of all images together. Memory is reserved at once and taken as it is used.
         threads: loader threads, the most files in memory at once.
-        allow_bin, base_name, base_weights: as in ``read_adapter``.
         pin_memory: lay images out in page-locked memory, for copies to CUDA; all of it is taken at once.
         on_change: called from a loader thread, without the store's lock, after a load has ended.
-        reader, clock: in place of ``read_source`` and the monotonic clock.
+        reader: reads a path (see ``folder_reader``).
+        clock: monotonic seconds.
         rates: how often contents are wanted; what is rarely wanted, quickly read and large is worth least.
         order: of eviction; by default the least recently used goes first.
         first_retry_seconds, longest_retry_seconds: pause after the first failure of a load, and the longest.
         sleep: waits between tries within a load; by default until the store closes at the latest.
+
+    Attributes:
+        held: who holds what; any thread may ask, and nobody but the store may tell it.
     """
 
     def __init__(
@@ -71,13 +75,10 @@ class AdapterStore:
         dtype: torch.dtype,
         *,
         byte_limit: int,
+        reader: Callable[[str], AdapterSpec],
         threads: int = 2,
-        allow_bin: bool = False,
         pin_memory: bool = False,
-        base_name: str | None = None,
-        base_weights: BaseWeights | None = None,
         on_change: Callable[[], None] | None = None,
-        reader: Callable[[str], AdapterSpec] | None = None,
         clock: Callable[[], float] = time.monotonic,
         rates: ArrivalRates | None = None,
         order: EvictionOrder | None = None,
@@ -96,15 +97,12 @@ class AdapterStore:
         self._records = Records()
         self._moves: set[str] = set()
         self._cramped: set[Key] = set()
-        self._holds = Holds()
+        self.held = Holds()
         self._hits = self._misses = self._loads = self._failures = 0
         self._threads = LoaderThreads(threads, self._changed, self._load, self._fail, on_change)
         self._queue = self._threads.queue
         self._reading = AdapterReading(
-            reader
-            or default_reader(
-                shape, dtype, byte_limit, allow_bin=allow_bin, base_name=base_name, base_weights=base_weights
-            ),
+            reader,
             num_layers=shape.num_layers,
             page_elems=page_elems,
             dtype=dtype,
@@ -207,43 +205,25 @@ class AdapterStore:
         What is here already stays from ``secure`` on.
         """
         with self._changed:
-            self._holds.add((path, revision))
+            self.held.add((path, revision))
 
     def secure(self, path: str, revision: int) -> bool:
         """Have what is held stay; False if it is not here. True, without effect, where nobody holds it."""
         key = (path, revision)
         with self._changed:
             record = self._records.find(key)
-            if key not in self._holds or key in self._holds.pinned:
-                return True
-            if record is None or not isinstance(record.state, Ready):
-                return False
-            self._pin_held(record)
-            return True
+            if record is not None:
+                self._pin_held(record)
+            return key not in self.held or self.held.has_pinned(key)
 
     def release(self, path: str, revision: int) -> None:
         """Undo one ``hold``."""
         with self._changed:
-            if self._holds.discard((path, revision)):
+            if self.held.discard((path, revision)):
                 self.unpin(path, revision)
 
-    def is_held(self, path: str, revision: int) -> bool:
-        """Whether somebody holds a registration."""
-        with self._changed:
-            return (path, revision) in self._holds
-
-    def is_secured(self, path: str, revision: int) -> bool:
-        """Whether the image of a registration is here and stays because somebody holds it."""
-        with self._changed:
-            return (path, revision) in self._holds.pinned
-
-    def secures_only(self, keys: Collection[Key]) -> bool:
-        """Whether no other image than those of these registrations stays because somebody holds it."""
-        with self._changed:
-            return all(key in keys for key in self._holds.pinned)
-
     def _pin_held(self, record: Record) -> None:
-        if isinstance(record.state, Ready) and self._holds.begin(record.key):
+        if isinstance(record.state, Ready) and self.held.begin(record.key):
             record.pins += 1
             self._images.pin(self._held(record.state.image.identity))
 
@@ -434,26 +414,11 @@ class AdapterStore:
         self._changed.notify_all()
 
     def check_integrity(self) -> None:
-        """AssertionError where blocks, bytes, pins, registrations and images disagree."""
+        """AssertionError where blocks, bytes, pins, holds, registrations and images disagree."""
         with self._changed:
-            self._images.check_integrity()
-            self._records.check_integrity()
-            self._holds.check_integrity()
-            ready = [record for record in self._records if isinstance(record.state, Ready)]
-            assert sum(record.pins for record in ready) == self._images.num_pins
-            assert len(ready) == self._images.num_shares
-            for record in self._records:
-                self._check_record(record)
-
-    def _check_record(self, record: Record) -> None:
-        if isinstance(record.state, Ready):
-            held = self._held(record.state.image.identity)
-            assert record.key in held.keys, "a registration shares an image that does not know it"
-            assert held.image is record.state.image
-            assert record.content is held.content
-            assert held.pins >= record.pins >= 0
-        if isinstance(record.state, Loading):
-            assert self._queue.holds(record) or self._threads.closing.is_set(), "nobody will load this"
+            check_books(self._images, self._records, self.held)
+            loading = [record for record in self._records if isinstance(record.state, Loading)]
+            assert self._threads.closing.is_set() or all(map(self._queue.holds, loading)), "nobody will load this"
 
 
 def _check_expected(record: Record, content: Content) -> None:

@@ -9,7 +9,10 @@ from loraplex.memory.store_states import Key
 
 
 class Holds:
-    """Counts by registration, and which of them have pinned an image. Not thread-safe."""
+    """Counts by registration, and which of them have pinned an image.
+
+    Changes need the store's lock; questions are answered without it.
+    """
 
     def __init__(self) -> None:
         self._counts: Counter[Key] = Counter()
@@ -21,10 +24,14 @@ class Holds:
     def __len__(self) -> int:
         return len(self._counts)
 
+    def has_pinned(self, key: Key) -> bool:
+        """Whether the image of a registration is pinned on behalf of who waits for it."""
+        return key in self._pinned
+
     @property
     def pinned(self) -> Collection[Key]:
-        """Those whose image is pinned on their behalf."""
-        return self._pinned
+        """Registrations for which an image is pinned, as of now."""
+        return tuple(self._pinned)
 
     def add(self, key: Key) -> None:
         """One more waits."""

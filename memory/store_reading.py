@@ -22,16 +22,16 @@ FILE_TO_IMAGE = 4
 """A file of float64 makes an image of a quarter of its size."""
 
 
-def default_reader(
+def folder_reader(
     shape: BaseShape,
     dtype: torch.dtype,
     byte_limit: int,
     *,
-    allow_bin: bool,
-    base_name: str | None,
-    base_weights: BaseWeights | None,
+    allow_bin: bool = False,
+    base_name: str | None = None,
+    base_weights: BaseWeights | None = None,
 ) -> Callable[[str], AdapterSpec]:
-    """Reads folders, and merges of them; arguments as of the store."""
+    """Reads folders, and merges of them, for a store of so many bytes; other arguments as of ``read_adapter``."""
     return partial(
         read_source,
         blueprints=Blueprints(),

@@ -72,7 +72,7 @@ class HostDirectory:
         """
         key = _key(ref)
         known = self._known.get(key)
-        if known is not None and (self._resident.is_resident(known.identity) or self._store.is_secured(*key)):
+        if known is not None and (self._resident.is_resident(known.identity) or self._store.held.has_pinned(key)):
             return self._ready(known, self._loads.get(key, ()))
         if is_merged(key):
             self._remember_merge(key)
@@ -98,7 +98,7 @@ class HostDirectory:
         self._merges[key] = None
         self._merges.move_to_end(key)
         if len(self._merges) > _MAX_MERGES:
-            oldest = next((known for known in self._merges if not self._store.is_held(*known)), None)
+            oldest = next((known for known in self._merges if known not in self._store.held), None)
             if oldest is not None:
                 del self._merges[oldest]
                 self._store.forget(*oldest)
@@ -161,7 +161,7 @@ class HostDirectory:
     def is_full_of(self, refs: Collection[AdapterRef]) -> bool:
         """Whether one of these adapters waits for room while nothing but these is pinned in the store."""
         keys = {_key(ref) for ref in refs}
-        return self._store.secures_only(keys) and self._store.waits_for_room(keys)
+        return keys.issuperset(self._store.held.pinned) and self._store.waits_for_room(keys)
 
     def image(self, ref: AdapterRef) -> AdapterImage:
         """The image of an adapter that is held and was found on the host."""

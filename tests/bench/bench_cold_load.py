@@ -28,6 +28,7 @@ from loraplex.memory.adapter_files import read_adapter
 from loraplex.memory.adapter_image import AdapterImage, build_image
 from loraplex.memory.adapter_spec import LAYER_SITES, BaseShape
 from loraplex.memory.adapter_store import AdapterStore, Ready
+from loraplex.memory.store_reading import folder_reader
 from loraplex.memory.transfer import page_in
 
 
@@ -79,8 +80,15 @@ class Loader:
 
     def __init__(self, model: Model, file: Path, dtype: torch.dtype) -> None:
         self._done = threading.Event()
+        shape, limit = model.base_shape, 1 << 28
         self._store = AdapterStore(
-            model.base_shape, model.page_elems, dtype, byte_limit=1 << 28, threads=1, on_change=self._done.set
+            shape,
+            model.page_elems,
+            dtype,
+            byte_limit=limit,
+            reader=folder_reader(shape, dtype, limit),
+            threads=1,
+            on_change=self._done.set,
         )
         self._path = str(file.parent)
         self._revision = 0

@@ -14,6 +14,7 @@ import torch
 from loraplex.memory.adapter_errors import AdapterFileError
 from loraplex.memory.adapter_spec import AdapterSpec
 from loraplex.memory.adapter_store import Absent, AdapterStore, Failed, Loading, Ready
+from loraplex.memory.store_reading import folder_reader
 
 
 def test_an_adapter_becomes_ready_with_its_image(harness):
@@ -31,7 +32,8 @@ def test_an_adapter_becomes_ready_with_its_image(harness):
 
 def test_a_real_folder_is_read_verified_and_laid_out(harness, save_peft, base_shape):
     folder, _ = save_peft()
-    store = AdapterStore(base_shape, 256, torch.bfloat16, byte_limit=1 << 20, base_name="other")
+    reader = folder_reader(base_shape, torch.bfloat16, 1 << 20, base_name="other")
+    store = AdapterStore(base_shape, 256, torch.bfloat16, byte_limit=1 << 20, reader=reader)
     try:
         store.request(str(folder), 0)
         store.request(str(folder / "nowhere"), 0)
@@ -48,7 +50,8 @@ def test_a_real_folder_is_read_verified_and_laid_out(harness, save_peft, base_sh
 def test_values_beyond_the_served_dtype_fail_the_load(harness, save_peft, base_shape, edit_tensors):
     folder, _ = save_peft()
     edit_tensors(folder, lambda tensors: next(iter(tensors.values())).fill_(1e5))
-    store = AdapterStore(base_shape, 256, torch.float16, byte_limit=1 << 20)
+    reader = folder_reader(base_shape, torch.float16, 1 << 20)
+    store = AdapterStore(base_shape, 256, torch.float16, byte_limit=1 << 20, reader=reader)
     try:
         store.request(str(folder), 0)
         harness.wait_until(lambda: store.stats.loading == 0)

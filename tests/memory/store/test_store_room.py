@@ -311,12 +311,12 @@ def test_what_is_held_stays_from_the_moment_it_is_read(harness, monkeypatch, by_
     for path in ("a", "b", "c", "d"):
         harness.load(store, path)
     assert isinstance(store.state("a", 0), Ready)
-    assert store.is_secured("a", 0)
+    assert store.held.has_pinned(("a", 0))
     store.release("a", 0)
     harness.load(store, "e")
     assert isinstance(store.state("a", 0), Ready)
     store.release("a", 0)
-    assert not store.is_held("a", 0)
+    assert ("a", 0) not in store.held
     for path in ("f", "g"):
         harness.load(store, path)
     assert store.state("a", 0) == Absent()
@@ -326,7 +326,7 @@ def test_what_is_held_when_it_is_here_already_stays_once_it_is_secured(harness):
     store = harness.store(units=2)
     harness.load(store, "a")
     assert store.secure("a", 0)
-    assert not store.is_secured("a", 0), "nobody holds it"
+    assert not store.held.has_pinned(("a", 0)), "nobody holds it"
     store.hold("a", 0)
     assert store.secure("a", 0)
     for path in ("b", "c"):
@@ -334,8 +334,7 @@ def test_what_is_held_when_it_is_here_already_stays_once_it_is_secured(harness):
     assert isinstance(store.state("a", 0), Ready)
     store.hold("b", 0)
     assert not store.secure("b", 0), "it has gone"
-    assert store.secures_only({("a", 0)})
-    assert not store.secures_only({("b", 0)})
+    assert store.held.pinned == (("a", 0),)
 
 
 def test_what_is_forgotten_while_it_is_held_goes_with_the_last_hold(harness):
@@ -357,6 +356,6 @@ def test_a_hold_outlives_a_registration_that_is_forgotten_while_it_loads(harness
     store.forget("a", 0)
     harness.reader.gate.set()
     harness.load(store, "a")
-    assert store.is_secured("a", 0)
+    assert store.held.has_pinned(("a", 0))
     store.release("a", 0)
-    assert not store.is_secured("a", 0)
+    assert not store.held.has_pinned(("a", 0))

@@ -122,7 +122,7 @@ def test_a_restored_pin_for_which_there_is_no_room_any_more_is_given_up(make_tie
     tiers.engine.handle(RestoreAdapters(adapters=[RestoredAdapter(adapter=ref, pinned=True) for ref in refs]))
     run(tiers, lambda events: not tiers.engine.has_work)
     assert [tiers.is_pinned(ref) for ref in refs] == [True, True, False]
-    assert not tiers.tiers.store._holds
+    assert not len(tiers.tiers.store.held)
 
 
 def test_a_pin_outlives_a_twin_of_the_same_bytes_that_is_unloaded(make_tiers: Make) -> None:
