@@ -57,7 +57,7 @@ class AdapterStore:
         threads: loader threads, the most files in memory at once.
         pin_memory: lay images out in page-locked memory, for copies to CUDA; all of it is taken at once.
         on_change: called from a loader thread, without the store's lock, after a load has ended.
-        reader: reads a path (see ``folder_reader``).
+        reader: reads a path (see ``bounded_reader``).
         clock: monotonic seconds.
         rates: how often contents are wanted; what is rarely wanted, quickly read and large is worth least.
         order: of eviction; by default the least recently used goes first.

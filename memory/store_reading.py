@@ -11,7 +11,6 @@ import torch
 from loraplex.memory.adapter_blueprint import Blueprints
 from loraplex.memory.adapter_errors import AdapterFileError
 from loraplex.memory.adapter_image import AdapterImage
-from loraplex.memory.adapter_merge import read_source
 from loraplex.memory.adapter_spec import AdapterSpec, BaseShape, BaseWeights
 from loraplex.memory.host_slab import SlabRoom
 from loraplex.memory.image_plan import ImagePlan, ImagePlans
@@ -22,18 +21,20 @@ FILE_TO_IMAGE = 4
 """A file of float64 makes an image of a quarter of its size."""
 
 
-def folder_reader(
+def bounded_reader(
+    read: Callable[..., AdapterSpec],
     shape: BaseShape,
     dtype: torch.dtype,
     byte_limit: int,
     *,
     allow_bin: bool = False,
-    base_name: str | None = None,
+    base_name: str | tuple[str, ...] | None = None,
     base_weights: BaseWeights | None = None,
 ) -> Callable[[str], AdapterSpec]:
-    """Reads folders, and merges of them, for a store of so many bytes; other arguments as of ``read_adapter``."""
+    """Reads for a store of so many bytes by ``read``, which is ``read_source`` or takes what that takes; the other
+    arguments are those of ``read_adapter``."""
     return partial(
-        read_source,
+        read,
         blueprints=Blueprints(),
         shape=shape,
         allow_bin=allow_bin,

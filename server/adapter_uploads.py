@@ -64,7 +64,7 @@ class AdapterUploads:
         registry: AdapterRegistry,
         file: RegistryFile | None,
         max_bytes: int,
-        max_uploads: int = 8,
+        max_uploads: int,
     ) -> None:
         self._admin = admin
         self._engine = engine

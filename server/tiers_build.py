@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import structlog
 
-from loraplex.memory.adapter_blueprint import Blueprints
 from loraplex.memory.adapter_cache import AdapterCache
 from loraplex.memory.adapter_errors import AdapterFileError
 from loraplex.memory.adapter_spec import BaseShape, BaseWeights
@@ -24,7 +22,7 @@ from loraplex.memory.page_pool import PagePool
 from loraplex.memory.prefix_cache import PrefixCache
 from loraplex.memory.source_reader import SourceReader
 from loraplex.memory.source_remotes import Remotes
-from loraplex.memory.store_reading import FILE_TO_IMAGE
+from loraplex.memory.store_reading import bounded_reader
 from loraplex.server.cores import usable_cores
 from loraplex.server.engine_config import EngineConfig
 from loraplex.server.errors import EngineStartError
@@ -84,15 +82,14 @@ def build_tiers(
     pool_rates, rates = ArrivalRates(), ArrivalRates(_SLOW_MEMORY_SECONDS)
     cache = _open_cache(config)
     sources = SourceReader(cache)
-    reader = partial(
+    reader = bounded_reader(
         sources,
-        shape=base,
+        base,
+        shape.dtype,
+        config.host_adapter_bytes,
         allow_bin=config.allow_bin,
-        max_bytes=FILE_TO_IMAGE * config.host_adapter_bytes,
         base_name=(config.model_name or config.model, config.model),
-        dtype=shape.dtype,
         base_weights=base_weights,
-        blueprints=Blueprints(),
     )
     store = AdapterStore(
         base,

@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 
 from loraplex.memory.adapter_files import read_adapter
 from loraplex.memory.adapter_image import AdapterImage, build_image
+from loraplex.memory.adapter_merge import read_source
 from loraplex.memory.adapter_spec import LAYER_SITES, BaseShape
 from loraplex.memory.adapter_store import AdapterStore, Ready
-from loraplex.memory.store_reading import folder_reader
+from loraplex.memory.store_reading import bounded_reader
 from loraplex.memory.transfer import page_in
 
 
@@ -86,7 +87,7 @@ class Loader:
             model.page_elems,
             dtype,
             byte_limit=limit,
-            reader=folder_reader(shape, dtype, limit),
+            reader=bounded_reader(read_source, shape, dtype, limit),
             threads=1,
             on_change=self._done.set,
         )

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from loraplex.memory.adapter_errors import AdapterFileError
+from loraplex.memory.adapter_merge import read_source
 from loraplex.memory.adapter_spec import AdapterSpec
 from loraplex.memory.adapter_store import Absent, AdapterStore, Failed, Loading, Ready
-from loraplex.memory.store_reading import folder_reader
+from loraplex.memory.store_reading import bounded_reader
 
 
 def test_an_adapter_becomes_ready_with_its_image(harness):
@@ -32,7 +33,7 @@ def test_an_adapter_becomes_ready_with_its_image(harness):
 
 def test_a_real_folder_is_read_verified_and_laid_out(harness, save_peft, base_shape):
     folder, _ = save_peft()
-    reader = folder_reader(base_shape, torch.bfloat16, 1 << 20, base_name="other")
+    reader = bounded_reader(read_source, base_shape, torch.bfloat16, 1 << 20, base_name="other")
     store = AdapterStore(base_shape, 256, torch.bfloat16, byte_limit=1 << 20, reader=reader)
     try:
         store.request(str(folder), 0)
@@ -50,7 +51,7 @@ def test_a_real_folder_is_read_verified_and_laid_out(harness, save_peft, base_sh
 def test_values_beyond_the_served_dtype_fail_the_load(harness, save_peft, base_shape, edit_tensors):
     folder, _ = save_peft()
     edit_tensors(folder, lambda tensors: next(iter(tensors.values())).fill_(1e5))
-    reader = folder_reader(base_shape, torch.float16, 1 << 20)
+    reader = bounded_reader(read_source, base_shape, torch.float16, 1 << 20)
     store = AdapterStore(base_shape, 256, torch.float16, byte_limit=1 << 20, reader=reader)
     try:
         store.request(str(folder), 0)
