@@ -40,7 +40,7 @@ def test_open_streams_finish_and_new_work_is_refused(demo: Any, wait_until: Call
         assert "shutting down" in refused.json()["error"]["message"]
         assert demo.get("/livez").status_code == 200
         assert not ends.done()
-        assert ends.result(timeout=60) == 4
+        assert ends.result(timeout=30) == 4
     assert demo.wait() == 0
 
 

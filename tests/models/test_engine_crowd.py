@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from loraplex.server.messages import Abort, AdapterRef, LoadAdapter
+from loraplex.server.messages import Abort, AdapterInfo, AdapterRef, LoadAdapter
 
 Adapters = list[AdapterRef]
 
@@ -37,13 +37,19 @@ def make_requests(adapters: Adapters, count: int) -> Iterator[tuple[str, dict[st
         )
 
 
+def loaded(driver: Any, adapter: AdapterRef) -> AdapterInfo:
+    """What an adapter takes."""
+    driver.handle(LoadAdapter(call_id="load", adapter=adapter))
+    driver.run()
+    info: AdapterInfo = driver.answers["load"].adapter
+    return info
+
+
 def test_five_hundred_requests_over_a_hundred_adapters_in_a_pool_of_five(
     llama: Any, make_engine: Any, hundred_adapters: Adapters
 ) -> None:
     measure = make_engine(llama)
-    measure.handle(LoadAdapter(call_id="load", adapter=hundred_adapters[1]))
-    measure.run()
-    pages = 5 * measure.answers["load"].adapter.pages
+    pages = 5 * loaded(measure, hundred_adapters[1]).pages
     driver = make_engine(llama, pages=pages, prefill_chunk=16, max_batch_tokens=64)
     leaving: list[tuple[int, str]] = []
     requests = {request_id: kwargs for request_id, kwargs, _ in make_requests(hundred_adapters, 500)}
@@ -93,17 +99,11 @@ def test_five_hundred_requests_over_a_hundred_adapters_in_a_pool_of_five(
 def test_a_host_store_for_ten_of_a_hundred_adapters_reads_each_of_them_once(
     llama: Any, make_engine: Any, hundred_adapters: Adapters
 ) -> None:
-    measure = make_engine(llama)
-    measure.handle(LoadAdapter(call_id="load", adapter=hundred_adapters[1]))
-    measure.run()
-    info = measure.answers["load"].adapter
+    info = loaded(make_engine(llama), hundred_adapters[1])
     driver = make_engine(llama, pages=4 * info.pages, host_adapter_bytes=10 * info.bytes, prefetch=False)
     for at, adapter in enumerate(hundred_adapters):
         driver.generate(f"r{at}", prompt=prompt_of(9, at), adapter=adapter, max_tokens=3, ignore_eos=True)
-    while driver.engine.has_work:
-        driver.step()
-        if not driver.engine.is_runnable:
-            time.sleep(0.001)
+    driver.run()
     assert not driver.failed
     stats = driver.engine.stats()
     counts = {(count.tier, count.what): count.count for count in stats.lookups}

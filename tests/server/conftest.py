@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from loraplex.server.messages import (
     TokenLogprob,
     TokenOutput,
 )
+from loraplex.server.registry_file import RegistryFile
 from loraplex.server.tokens import TextTokenizer
 
 settings.register_profile("unhurried", deadline=None)
@@ -323,6 +325,14 @@ def make_app(engine: FakeEngine, registry: AdapterRegistry, tokenizer: TextToken
         return create_app(engine, registry, own_tokenizer or tokenizer, config, state=state, watch=watch)
 
     return make
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[RegistryFile]:
+    """A state folder, open."""
+    file = RegistryFile(tmp_path / "state")
+    yield file
+    file.close()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,6 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "green"
     folder.mkdir()
     return folder
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[RegistryFile]:
-    file = RegistryFile(tmp_path / "state")
-    yield file
-    file.close()
 
 
 def register(client: TestClient, name: str, path: Path | str, **fields: Any) -> Any:

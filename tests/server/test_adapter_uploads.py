@@ -29,13 +29,6 @@ FILES = {CONFIG: b'{"peft_type": "LORA"}', WEIGHTS: b"weights" * 1000}
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Iterator[RegistryFile]:
-    file = RegistryFile(tmp_path / "state")
-    yield file
-    file.close()
-
-
-@pytest.fixture
 def client(make_client: Callable[..., TestClient], state: RegistryFile) -> Iterator[TestClient]:
     with make_client(state=state, max_body_bytes=1000, max_adapter_bytes=100_000) as client:
         yield client

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,6 @@ from typer.testing import CliRunner
 from loraplex.server.cli_adapters import adapters_app
 from loraplex.server.errors import ConflictError
 from loraplex.server.registry_file import RegistryFile
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[RegistryFile]:
-    file = RegistryFile(tmp_path / "state")
-    yield file
-    file.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,6 @@ from loraplex.server.http_stack import register_adapters, restore_adapters
 from loraplex.server.messages import AdapterInfo, AdapterRef, AdapterState
 from loraplex.server.registry_file import KEPT, RegistryFile, SavedAdapter, StateFolderError, saved_adapters
 from loraplex.server.settings import Settings
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[RegistryFile]:
-    file = RegistryFile(tmp_path / "state")
-    yield file
-    file.close()
 
 
 def saved(name: str, **facts: Any) -> SavedAdapter:

@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +13,6 @@ from loraplex.server.messages import AdapterRef
 from loraplex.server.registry_file import RegistryFile
 
 CONFIG = b'{"peft_type": "LORA"}'
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[RegistryFile]:
-    file = RegistryFile(tmp_path / "state")
-    yield file
-    file.close()
 
 
 @pytest.fixture
